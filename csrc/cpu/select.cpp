@@ -1,0 +1,68 @@
+// Chooses the table of kernels for this machine.
+#include "cpu/kernels.h"
+
+#include <cstdlib>
+#include <string>
+
+namespace fastformer::cpu {
+
+#define FASTFORMER_KERNELS(ISA)                                                                    \
+  namespace isa_##ISA {                                                                            \
+    void dropout_mask(bool *, int64_t, int64_t, int64_t, uint64_t, uint64_t, uint32_t);            \
+  }                                                                                                \
+  static const Kernels kernels_##ISA = {#ISA, isa_##ISA::dropout_mask};
+
+FASTFORMER_KERNELS(default)
+#if defined(__x86_64__)
+FASTFORMER_KERNELS(avx2)
+FASTFORMER_KERNELS(avx512)
+FASTFORMER_KERNELS(avx512bf16)
+#endif
+
+namespace {
+
+struct Variant {
+  const Kernels *kernels;
+  bool runs_here;
+};
+
+std::string names(const Variant *begin, const Variant *end) {
+  std::string joined;
+  for (const Variant *v = begin; v != end; ++v)
+    if (v->runs_here)
+      joined += (joined.empty() ? "" : ", ") + std::string(v->kernels->isa);
+  return joined;
+}
+
+} // namespace
+
+const Kernels *select_kernels(const char **error) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const Variant variants[] = {{&kernels_avx512bf16, avx512bf16},
+                              {&kernels_avx512, avx512},
+                              {&kernels_avx2, avx2},
+                              {&kernels_default, true}};
+#else
+  const Variant variants[] = {{&kernels_default, true}};
+#endif
+  const char *requested = std::getenv("FASTFORMER_CPU_ISA");
+  const bool any = requested == nullptr || *requested == '\0';
+  for (const Variant &v : variants)
+    if (v.runs_here && (any || std::string(requested) == v.kernels->isa))
+      return v.kernels;
+  static const std::string message =
+      std::string("FASTFORMER_CPU_ISA=") + requested +
+      " is not an instruction set this machine can run; use one of " +
+      names(std::begin(variants), std::end(variants)) + ", or leave it unset";
+  *error = message.c_str();
+  return nullptr;
+}
+
+} // namespace fastformer::cpu

@@ -1,0 +1,49 @@
+"""fastformer: one transformer, three models (BERT, GPT, ViT), on kernels written for them."""
+
+from fastformer._checkout import version as _version
+from fastformer.ops import (
+    add_layer_norm,
+    attention,
+    attention_varlen,
+    backend,
+    dropout,
+    explain,
+    layer_norm,
+    linear_cross_entropy,
+    mlp,
+)
+from fastformer.presets import from_preset
+from fastformer.transformer import (
+    BERT,
+    GPT,
+    ImageConfig,
+    TextConfig,
+    Transformer,
+    TransformerConfig,
+    ViT,
+)
+from fastformer.weights import load_model, save_model
+
+__version__ = _version()
+
+__all__ = [
+    "BERT",
+    "GPT",
+    "ImageConfig",
+    "TextConfig",
+    "Transformer",
+    "TransformerConfig",
+    "ViT",
+    "add_layer_norm",
+    "attention",
+    "attention_varlen",
+    "backend",
+    "dropout",
+    "explain",
+    "from_preset",
+    "layer_norm",
+    "linear_cross_entropy",
+    "load_model",
+    "mlp",
+    "save_model",
+]

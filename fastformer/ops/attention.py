@@ -1,0 +1,331 @@
+"""Softmax attention, causal or not, on padded batches and on packed sequences.
+
+The (T, S) score matrix is never stored: forward keeps one log-sum-exp per row and backward
+recomputes the weights from it (Dao et al., "FlashAttention", NeurIPS 2022, sections 3.1 and B).
+
+B batch, T query tokens, S key tokens, H heads, D head dim, N packed tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastformer.ops import dispatch, reference
+from fastformer.ops.arguments import (
+    autocast_dtype,
+    check_dropout,
+    check_float,
+    check_same_dtype,
+    needs_grad,
+)
+
+MAX_HEAD_DIM = 128
+
+
+def _fwd_fake(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=reference.accumulator(q.dtype))
+
+
+def _bwd_fake(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _varlen_fwd_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    N, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((H, N), dtype=reference.accumulator(q.dtype))
+
+
+_SETTINGS = "bool causal, float scale, float dropout_p, Tensor? rng, int site"
+_LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+
+dispatch.define(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, {_SETTINGS})"
+    " -> (Tensor, Tensor)",
+    reference=reference.attention_fwd,
+    fake=_fwd_fake,
+)
+dispatch.define(
+    "attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" Tensor? key_lengths, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    reference=reference.attention_bwd,
+    fake=_bwd_fake,
+)
+dispatch.define(
+    f"attention_varlen_fwd(Tensor q, Tensor k, Tensor v, {_LENGTHS}, {_SETTINGS})"
+    " -> (Tensor, Tensor)",
+    reference=reference.attention_varlen_fwd,
+    fake=_varlen_fwd_fake,
+)
+dispatch.define(
+    "attention_varlen_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" {_LENGTHS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    reference=reference.attention_varlen_bwd,
+    fake=_bwd_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_lengths: Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+        rng: Tensor | None,
+        site: int,
+    ) -> Tensor:
+        out, lse = torch.ops.fastformer.attention_fwd.default(
+            q, k, v, key_lengths, causal, scale, dropout_p, rng, site
+        )
+        ctx.save_for_backward(q, k, v, out, lse, key_lengths, rng)
+        ctx.settings = (causal, scale, dropout_p)
+        ctx.site = site
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, key_lengths, rng = ctx.saved_tensors
+        grads = torch.ops.fastformer.attention_bwd.default(
+            grad_out, *saved, key_lengths, *ctx.settings, rng, ctx.site
+        )
+        return *grads, None, None, None, None, None, None
+
+
+class _AttentionVarlen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+        rng: Tensor | None,
+        site: int,
+    ) -> Tensor:
+        ctx.settings = (max_seqlen_q, max_seqlen_k, causal, scale, dropout_p)
+        ctx.site = site
+        out, lse = torch.ops.fastformer.attention_varlen_fwd.default(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.settings, rng, site
+        )
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rng)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, rng = ctx.saved_tensors
+        grads = torch.ops.fastformer.attention_varlen_bwd.default(
+            grad_out, *saved, *ctx.settings, rng, ctx.site
+        )
+        return *grads, None, None, None, None, None, None, None, None, None
+
+
+def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
+    layout = "(B, tokens, H, D)" if dims == 4 else "(tokens, H, D)"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != dims:
+            raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(t.shape)}")
+    check_float(op, q=q, k=k, v=v)
+    check_same_dtype(op, q=q, k=k, v=v)
+    if k.shape != v.shape:
+        raise ValueError(
+            f"{op}: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    H, D = q.shape[-2:]
+    if k.shape[-2:] != (H, D) or (dims == 4 and k.shape[0] != q.shape[0]):
+        raise ValueError(
+            f"{op}: q and k must agree in all but the number of tokens,"
+            f" got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if D % 8 or not 0 < D <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{op}: head_dim must be a multiple of 8 and at most {MAX_HEAD_DIM},"
+            f" got {D} (C={H * D}, H={H})"
+        )
+
+
+def _check_lengths(op: str, name: str, lengths: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    if lengths.dtype != torch.int32 or tuple(lengths.shape) != shape or lengths.device != q.device:
+        raise ValueError(
+            f"{op}: {name} must be int32 of shape {shape} on {q.device},"
+            f" got {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}"
+        )
+
+
+def _cast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = autocast_dtype(q)
+    return (q, k, v) if dtype is None else (q.to(dtype), k.to(dtype), v.to(dtype))
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_lengths: Tensor | None = None,
+    rng: Tensor | None = None,
+    site: int = 0,
+) -> tuple[Any, ...]:
+    q, k, v = _cast(q, k, v)
+    _check_qkv("attention", q, k, v, dims=4)
+    if key_lengths is not None:
+        _check_lengths("attention", "key_lengths", key_lengths, (q.shape[0],), q)
+    state = check_dropout("attention", dropout_p, rng, q)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return q, k, v, key_lengths, causal, scale, float(dropout_p), state, site
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_lengths: Tensor | None = None,
+    rng: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """Compute softmax(scale * q k^T) v per head; return (B, T, H, D) in the dtype of `q`.
+
+    q (B, T, H, D), k and v (B, S, H, D): one floating dtype, D a multiple of 8 up to 128; any
+    strides, such as views of one packed projection. T and S may differ: cross attention, a
+    key-value cache.
+    causal: query t sees key s when s <= t + S - T (the diagonal ends in the bottom right corner).
+    scale: of the scores, by default 1 / sqrt(D).
+    dropout_p: dropout of the weights; its row is the (token, head) of the output, its column the
+    key.
+    key_lengths (B,) int32: keys at and beyond the length are not seen. A query that sees no key
+    gives zeros. rng, site: the generator state, see `fastformer.ops.dropout`.
+
+    Under torch.autocast q, k and v are cast to its dtype. Differs from
+    torch.nn.functional.scaled_dot_product_attention in the layout (tokens before heads) and the
+    alignment of the causal mask (top left there). Raises ValueError or TypeError on bad arguments.
+    """
+    args = _prepare(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        key_lengths=key_lengths,
+        rng=rng,
+        site=site,
+    )
+    if needs_grad(q, k, v):
+        return _Attention.apply(*args)
+    return torch.ops.fastformer.attention_fwd.default(*args)[0]
+
+
+def _prepare_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    site: int = 0,
+) -> tuple[Any, ...]:
+    op = "attention_varlen"
+    q, k, v = _cast(q, k, v)
+    _check_qkv(op, q, k, v, dims=3)
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.numel() < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens_q must hold the start of each sequence and the end of the last,"
+            f" got shape {tuple(cu_seqlens_q.shape)}"
+        )
+    count = (cu_seqlens_q.numel(),)
+    _check_lengths(op, "cu_seqlens_q", cu_seqlens_q, count, q)
+    _check_lengths(op, "cu_seqlens_k", cu_seqlens_k, count, q)
+    state = check_dropout(op, dropout_p, rng, q)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return q, k, v, *lengths, causal, scale, float(dropout_p), state, site
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """Attention within each of several packed sequences, without padding; return (N, H, D).
+
+    q (N, H, D), k and v (M, H, D): the sequences one after the other. cu_seqlens_q and
+    cu_seqlens_k (sequences + 1,) int32: where each starts, then the total. max_seqlen_q and
+    max_seqlen_k: the longest lengths (upper bounds serve), given by the caller so that nothing
+    waits for the device. Each sequence pair is aligned bottom right when causal. The rest is as
+    in `attention`; with equal lengths both draw the same dropout mask. The values of cu_seqlens
+    are not checked, as that would
+    synchronise: they must be non-decreasing from 0 to the number of tokens.
+    """
+    args = _prepare_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal=causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        rng=rng,
+        site=site,
+    )
+    if needs_grad(q, k, v):
+        return _AttentionVarlen.apply(*args)
+    return torch.ops.fastformer.attention_varlen_fwd.default(*args)[0]
+
+
+@dispatch.explainer("attention")
+def _explain(*args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
+    raw = _prepare(*args, **kwargs)
+    return [("attention_fwd", raw), ("attention_bwd", raw)]
+
+
+@dispatch.explainer("attention_varlen")
+def _explain_varlen(*args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
+    raw = _prepare_varlen(*args, **kwargs)
+    return [("attention_varlen_fwd", raw), ("attention_varlen_bwd", raw)]

@@ -1,0 +1,520 @@
+"""The training loop: one function a person can read, for every task, on one device or many.
+
+Everything random is a function of (seed, step), so a run that was killed and resumed ends with the
+same bits as one that never stopped. Losses stay on the device until a step that reports; a loss or
+gradient that is not finite stops the run before anything is saved.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from fastformer import weights
+from fastformer._checkout import version
+from fastformer.train import checkpoint
+from fastformer.train.config import Kind, RunError, TrainConfig, check_resumable, from_json, to_json
+from fastformer.train.data import Purpose, derive_seed
+from fastformer.train.folder import RunFolder, free_name, read_config
+from fastformer.train.report import Log, Screen, duration, plot_curves
+from fastformer.train.tasks import Share, Task, Totals, build_task
+
+
+class Diverged(RunError):
+    """The loss or the gradient became infinite or NaN."""
+
+    exit_code = 1
+
+
+class Interrupted(RunError):
+    """SIGINT or SIGTERM came; a checkpoint was saved."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside tensors."""
+
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    units: int = 0
+    val_loss_start: float | None = None
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+
+
+@dataclass
+class Recent:
+    """Loss and gradient norm of the steps since the last report, kept on the device."""
+
+    device: torch.device
+    steps: list[int] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        self.steps.append(step)
+        self.values.append(torch.stack([loss.float(), norm.float()]))
+
+    def drain(self) -> tuple[float, float]:
+        """Mean loss and last gradient norm; raises Diverged at the first that is not finite."""
+        values = torch.stack(self.values).tolist()
+        for step, (loss, norm) in zip(self.steps, values, strict=True):
+            for name, value in (("loss", loss), ("gradient norm", norm)):
+                if not math.isfinite(value):
+                    raise Diverged(f"the {name} became {value} at step {step}")
+        losses = [loss for loss, _ in values]
+        self.steps.clear()
+        self.values.clear()
+        return sum(losses) / len(losses), values[-1][1]
+
+
+class StopRequest:
+    """Remembers SIGINT or SIGTERM until the step is over; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, share: Share, device: torch.device) -> int | None:
+        """The signal that any of the processes received."""
+        if share.world_size == 1:
+            return self.number
+        number = torch.tensor(self.number or 0, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number) or None
+
+
+@contextmanager
+def _processes(device: torch.device) -> Iterator[tuple[Share, torch.device]]:
+    """Join the process group when torchrun started us; give each process its own GPU."""
+    if "WORLD_SIZE" not in os.environ:
+        yield Share(), device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Share(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of the step after `step` finished ones: linear warm-up, cosine decay to a tenth."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; one must answer
+
+
+def _loader(data: Any, config: TrainConfig, sampler: range | None, device: torch.device) -> Any:
+    return DataLoader(
+        data,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, config: TrainConfig, share: Share, device: torch.device, screen: Screen
+) -> tuple[float, float | None]:
+    """Mean loss and, for tasks that have one, accuracy over the validation examples."""
+    task.model.eval()
+    totals = Totals()
+    count = len(task.validation)
+    mine = range(share.rank, count, share.world_size)
+    with _autocast(config, device), screen.bar("validating", len(mine)) as progress:
+        for done, batch in enumerate(_loader(task.validation, config, mine, device), start=1):
+            inputs, targets = (t.to(device, non_blocking=True) for t in batch.values())
+            task.measure(inputs, targets, totals)
+            progress(done, len(mine))
+    task.model.train()
+    if share.world_size > 1:
+        sums = torch.tensor([totals.loss, totals.count, totals.correct], device=device)
+        dist.all_reduce(sums)
+        totals = Totals(float(sums[0]), int(sums[1]), int(sums[2]))
+    accuracy = totals.correct / totals.count if task.has_accuracy else None
+    return totals.loss / totals.count, accuracy
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> Any:
+    dtype = config.autocast_dtype()
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def train(kind: Kind, config: TrainConfig) -> dict[str, Any]:
+    """Train a model as `config` says; return what summary.json holds.
+
+    `kind` is "bert", "gpt" or "vit"; `default_config(kind, preset)` gives a configuration.
+    Raises RunError or DataError, each one clear line, for anything the user can mend; Diverged when
+    the loss is no longer finite; Interrupted, after saving, on SIGINT or SIGTERM.
+    """
+    with _processes(config.torch_device()) as (share, device):
+        out = config.out or free_name(Path("runs"), config.preset)
+        config = replace(config, out=out)
+        screen = Screen(silent=share.rank > 0)
+        with RunFolder(out, config.resume, leader=share.rank == 0) as folder:
+            return _Run(kind, config, folder, share, device, screen).run()
+
+
+class _Run:
+    """The state of one run, and its life from preparation to summary."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        config: TrainConfig,
+        folder: RunFolder,
+        share: Share,
+        device: torch.device,
+        screen: Screen,
+    ) -> None:
+        self.kind, self.folder, self.share = kind, folder, share
+        self.device, self.screen = device, screen
+        stored = read_config(folder.path) if config.resume else None
+        self.config = config
+        if stored is not None:
+            self._announce_changes(stored)
+        self.task = self._build_task()
+        if stored is not None and stored["data_sha256"] != self.task.data_sha256:
+            raise RunError(
+                f"--resume: the data is not what the run in {folder.path} began with;"
+                " restore it, or start anew with another --out"
+            )
+        self.model: Any = self.task.model.to(device)
+        self.optimizer = _optimizer(self.model, self.config)
+        self.step, self.progress = 0, Progress()
+        checkpoint.check_space(folder.path, self.model.num_parameters)
+        self._restore()
+        if share.rank == 0:
+            self._describe()
+        self.forward = self._wrapped_model()
+        self.recent = Recent(device)
+        # The state of all dropout: the seed, and the number of the batch in the upper 32 bits of
+        # the offset; the lower bits belong to the sites within the model.
+        seed = derive_seed(Purpose.DROPOUT, config.seed, share.rank)
+        self.rng = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+        speed = f"{self.task.unit}_per_second"
+        columns = ("step", "loss", "lr", "grad_norm", speed, "val_loss", "val_accuracy", "seconds")
+        self.log = Log(folder, columns, self.step) if share.rank == 0 else None
+        self._started = time.perf_counter() - self.progress.seconds
+
+    def _announce_changes(self, stored: dict[str, Any]) -> None:
+        if stored["kind"] != self.kind:
+            raise RunError(
+                f"--resume: {self.folder.path} holds a {stored['kind']} run;"
+                f" use `fastformer train {stored['kind']}`"
+            )
+        before = from_json(self.kind, stored["train"])
+        for change in check_resumable(before, self.config):
+            self.screen.line(f"changed since the run began: {change}")
+
+    def _build_task(self) -> Task:
+        """Build the task; the leader goes first, as it makes the tokenizer that the others load."""
+        args = (self.kind, self.config, self.folder, self.share, self.screen)
+        if self.share.world_size == 1:
+            task = build_task(*args)
+            task.save(self.folder)
+            return task
+        if self.share.rank == 0:
+            task = build_task(*args)
+            task.save(self.folder)
+            dist.barrier()
+            return task
+        dist.barrier()
+        return build_task(*args)
+
+    def _restore(self) -> None:
+        if not self.config.resume:
+            return
+        newest, faults = checkpoint.load_newest(self.folder / "checkpoints")
+        for fault in faults:
+            self.screen.line(f"passed over: {fault}")
+        if newest is None:
+            self.screen.line("no checkpoint yet: starting at step 0")
+            return
+        checkpoint.restore(newest.tensors, self.model, self.optimizer, self.folder.path)
+        self.step, self.progress = newest.step, Progress(**newest.progress)
+        self.screen.line(f"going on from step {self.step:,}")
+
+    def _describe(self) -> None:
+        """Write config.json and tell what is about to happen."""
+        self.folder.write_json(
+            "config.json",
+            {
+                "kind": self.kind,
+                "train": to_json(self.config),
+                "model": self.model.config.__dict__,
+                "data_sha256": self.task.data_sha256,
+                "versions": versions(),
+            },
+        )
+        precision = str(self.config.autocast_dtype() or torch.float32).removeprefix("torch.")
+        where = (
+            f"{self.device.type}, {torch.get_num_threads()} threads"
+            if self.device.type == "cpu"
+            else torch.cuda.get_device_name(self.device)
+        )
+        many = f", {self.share.world_size} processes" if self.share.world_size > 1 else ""
+        self.screen.line(
+            f"{self.config.preset}: {self.model.num_parameters:,} parameters, {precision}"
+            f" on {where}{many}"
+        )
+        for line in self.task.about:
+            self.screen.line(line)
+        self.screen.line(f"results: {self.folder.path}")
+
+    def _wrapped_model(self) -> Any:
+        model: Any = self.model
+        if self.share.world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=ids)
+        return torch.compile(model) if self.config.compile else model
+
+    def run(self) -> dict[str, Any]:
+        """Train from where the run stands to its last step."""
+        try:
+            with StopRequest() as stop:
+                self._train(stop)
+        except Diverged as error:
+            newest = checkpoint.list_checkpoints(self.folder / "checkpoints")
+            kept = f"the last good checkpoint is {newest[0]}" if newest else "no checkpoint yet"
+            raise Diverged(f"{error}; {kept}; try a lower --lr than {self.config.lr:g}") from None
+        finally:
+            if self.log is not None:
+                self.log.close()
+        return self._finish()
+
+    def _train(self, stop: StopRequest) -> None:
+        config, steps = self.config, self.config.steps
+        if self.step >= steps:
+            self.screen.line(f"already trained for {self.step:,} steps; raise --steps to go on")
+            return
+        if self.step == 0:
+            self._validate()
+        self.model.train()
+        first = self.step * config.accumulate
+        batches = iter(
+            _loader(self.task.train, config, range(first, steps * config.accumulate), self.device)
+        )
+        with self.screen.bar("training", steps, start=self.step) as bar:
+            mark, marked_step = time.perf_counter(), self.step
+            while self.step < steps:
+                began = time.perf_counter()
+                lr = self._optimise(batches)
+                self.progress.training_seconds += time.perf_counter() - began
+                bar(self.step, steps)
+                last = self.step == steps
+                stopped = stop.agreed(self.share, self.device)
+                validate = last or self.step % config.eval_every == 0
+                save = last or self.step % config.checkpoint_every == 0 or stopped is not None
+                if self.step % config.log_every == 0 or validate or save:
+                    loss, norm = self.recent.drain()
+                    now = time.perf_counter()
+                    self._log_step(loss, norm, lr, (now - mark) / (self.step - marked_step))
+                if validate and stopped is None:
+                    self._validate()
+                if save:
+                    self._save()
+                if stopped is not None:
+                    name = signal.Signals(stopped).name
+                    raise Interrupted(
+                        f"{name}: saved at step {self.step:,}; go on with"
+                        f" `fastformer train {self.kind} --out {self.folder.path} --resume`",
+                        stopped,
+                    )
+                if not self.recent.steps:
+                    mark, marked_step = time.perf_counter(), self.step
+
+    def _optimise(self, batches: Iterator[dict[str, Tensor]]) -> float:
+        """One optimiser step over `accumulate` batches; returns the learning rate it took."""
+        config = self.config
+        lr = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.device)
+        for micro in range(config.accumulate):
+            batch = next(batches)
+            inputs, targets = (t.to(self.device, non_blocking=True) for t in batch.values())
+            self.rng[1] = (self.step * config.accumulate + micro) << 32
+            local = self.share.world_size > 1 and micro + 1 < config.accumulate
+            with self.forward.no_sync() if local else nullcontext():
+                with _autocast(config, self.device):
+                    loss = self.forward(inputs, targets, rng=self.rng)
+                (loss / config.accumulate).backward()
+            total += loss.detach() / config.accumulate
+        parameters = list(self.model.parameters())
+        if config.grad_clip:
+            norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.progress.units += self.task.units_per_batch * config.accumulate * self.share.world_size
+        self.recent.add(self.step, total, norm)
+        return lr
+
+    def _log_step(self, loss: float, norm: float, lr: float, seconds_per_step: float) -> None:
+        self.progress.seconds = time.perf_counter() - self._started
+        task, steps = self.task, self.config.steps
+        units = task.units_per_batch * self.config.accumulate * self.share.world_size
+        speed = units / seconds_per_step
+        left = duration((steps - self.step) * seconds_per_step)
+        width = len(str(steps))
+        self.screen.line(
+            f"step {self.step:>{width}}/{steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
+            f" | {speed:,.0f} {task.unit}/s | {1e3 * seconds_per_step:.0f} ms/step | ETA {left}"
+        )
+        if self.log is not None:
+            values = {"loss": loss, "lr": lr, "grad_norm": norm, f"{task.unit}_per_second": speed}
+            self.log.row(step=self.step, **values, seconds=self.progress.seconds)
+
+    def _validate(self) -> None:
+        """Measure the model, print and log it, and write a sample."""
+        progress = self.progress
+        loss, accuracy = evaluate(self.task, self.config, self.share, self.device, self.screen)
+        if progress.val_loss_start is None:
+            progress.val_loss_start = loss
+        progress.val_loss, progress.val_accuracy = loss, accuracy
+        progress.seconds = time.perf_counter() - self._started
+        if self.log is None:
+            return
+        shown = "" if accuracy is None else f" | val accuracy {accuracy:.2%}"
+        self.screen.line(
+            f"step {self.step:>{len(str(self.config.steps))}} | val loss {loss:.4f}{shown}"
+        )
+        extra = {} if accuracy is None else {"val_accuracy": accuracy}
+        self.log.row(step=self.step, val_loss=loss, **extra, seconds=progress.seconds)
+        self.model.eval()
+        with torch.no_grad(), _autocast(self.config, self.device):
+            text = self.task.sample(self.device)
+        self.model.train()
+        self.log.sample(self.step, text)
+        shown_lines = text.splitlines()[:3]
+        for line in shown_lines:
+            self.screen.line(f"    {line[:100]}")
+
+    def _save(self) -> None:
+        if self.share.rank == 0:
+            self.progress.seconds = time.perf_counter() - self._started
+            folder = self.folder / "checkpoints"
+            folder.mkdir(exist_ok=True)
+            tensors = checkpoint.collect(self.model, self.optimizer)
+            checkpoint.save(folder, self.step, tensors, self.progress.__dict__)
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the weights, the curves and the summary; tell where everything is."""
+        summary = self._summary()
+        if self.share.rank > 0:
+            return summary
+        path = self.folder / "model.safetensors"
+        checkpoint.write_tensors(path, weights.tensors(self.model), weights.header(self.model))
+        curves = self.folder / "curves.png"
+        plot_curves(self.folder / "log.csv", curves, self.config.preset)
+        self.folder.write_json("summary.json", summary)
+        start, end = summary["val_loss_start"], summary["val_loss"]
+        accuracy = f", accuracy {summary['val_accuracy']:.2%}" if "val_accuracy" in summary else ""
+        speed = summary[f"{self.task.unit}_per_second"]
+        self.screen.line()
+        self.screen.line(
+            f"trained {summary['steps']:,} steps in {duration(summary['seconds'])}:"
+            f" validation loss {start:.3f} -> {end:.3f}{accuracy},"
+            f" {speed:,.0f} {self.task.unit}/s, {summary['peak_memory_mb']:,.0f} MB at the peak"
+        )
+        newest = checkpoint.list_checkpoints(self.folder / "checkpoints")[0]
+        for about, file in (
+            ("weights", path),
+            ("checkpoint", newest),
+            ("log", self.folder / "log.csv"),
+            ("curves", curves),
+            ("samples", self.folder / "samples.txt"),
+            ("summary", self.folder / "summary.json"),
+        ):
+            self.screen.line(f"  {about:<11} {file}")
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        progress = self.progress
+        summary: dict[str, Any] = {
+            "kind": self.kind,
+            "preset": self.config.preset,
+            "parameters": self.model.num_parameters,
+            "steps": self.step,
+            "seconds": round(progress.seconds, 3),
+            "val_loss_start": progress.val_loss_start,
+            "val_loss": progress.val_loss,
+        }
+        if progress.val_accuracy is not None:
+            summary["val_accuracy"] = progress.val_accuracy
+        speed = progress.units / max(progress.training_seconds, 1e-9)
+        summary[f"{self.task.unit}_per_second"] = round(speed, 1)
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 1e6
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+        return summary | {"peak_memory_mb": round(peak, 1), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on: fastformer, torch, Python and the machine."""
+    return {
+        "fastformer": version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
