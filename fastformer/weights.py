@@ -55,9 +55,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> BERT | G
         raise ValueError(f"{path} is damaged or not a model of fastformer ({error})") from None
     config_class: Any = ImageConfig if stored["kind"] == "vit" else TextConfig
     model_class: Any = MODELS[stored["kind"]]
-    with torch.device("meta"):
+    with torch.device(device):
         model = model_class(config_class(**stored["config"]))
-    model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     if parameters.keys() != values.keys():
         different = sorted(parameters.keys() ^ values.keys())[0]

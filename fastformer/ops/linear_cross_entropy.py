@@ -62,8 +62,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # In float32: a loss scale of 65536 is infinite in float16, and 1/3 is biased in bfloat16.
         grad_x, grad_weight, grad_bias = (
-            grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
+            (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors
         )
         none = (None,) * ctx.settings_count
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *none

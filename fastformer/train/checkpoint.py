@@ -123,6 +123,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     with naming_full_disk(path):
         try:
             save_file(tensors, temporary, metadata=metadata)
+            os.umask(umask := os.umask(0))
+            temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner reads
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -49,6 +49,8 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if not self.leader:  # one process of a group holds the lock for all
             return self
+        if self.resume and not self.path.is_dir():
+            raise RunError(f"--resume: no such folder: {self.path}; check --out")
         try:
             self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)

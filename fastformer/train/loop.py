@@ -226,6 +226,8 @@ class _Run:
         self.kind, self.folder, self.share = kind, folder, share
         self.device, self.screen = device, screen
         stored = read_config(folder.path) if config.resume else None
+        if config.resume and stored is None:
+            raise RunError(f"--resume: there is no run in {folder.path}; check --out")
         self.config = config
         if stored is not None:
             self._announce_changes(stored)
@@ -297,7 +299,7 @@ class _Run:
             "config.json",
             {
                 "kind": self.kind,
-                "train": to_json(self.config),
+                "train": to_json(replace(self.config, resume=False)),
                 "model": self.model.config.__dict__,
                 "data_sha256": self.task.data_sha256,
                 "versions": versions(),

@@ -1,0 +1,145 @@
+"""Seeds, poisoned memory, the backends under test, and the rule of numerics that all of them obey."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastformer
+from fastformer import _library
+
+# (backend, device) per op. A kernel that joins the library is put to every test of its op by one
+# more pair here; the module under test names its op in OP.
+REFERENCE = (("reference", "cpu"), ("reference", "cuda"))
+BACKENDS = {
+    "attention": REFERENCE,
+    "attention_varlen": REFERENCE,
+    "layer_norm": REFERENCE,
+    "mlp": REFERENCE,
+    "linear_cross_entropy": REFERENCE,
+    "dropout": (*REFERENCE, ("cpu", "cpu"), ("cuda", "cuda")),
+}
+
+_POISONED = [Path(__file__).parent / folder for folder in ("ops", "models")]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        marks = {"cuda": pytest.mark.gpu}
+        cases = [
+            pytest.param(case, id="-".join(case), marks=marks.get(case[1], ()))
+            for case in BACKENDS[metafunc.module.OP]
+        ]
+        metafunc.parametrize("backend", cases, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Force one backend; yield the device its tensors live on, or skip with the reason."""
+    name, device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU and a CUDA build of torch")
+    if name in ("cpu", "cuda") and _library.WHY_NOT is not None:
+        pytest.skip(_library.WHY_NOT)
+    with fastformer.backend(name):
+        yield device
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fill what torch.empty returns, in Python and in C++, with NaN, or the largest integer."""
+    if request.path.parent not in _POISONED:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+def _evaluate(
+    function: Function, values: dict[str, Tensor], upstream: list[Tensor] | None
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Outputs and gradients by name, and the outputs' shapes as a list to draw upstream from."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+    outputs = function(**leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    if upstream is not None:
+        grads = [grad.to(output.dtype) for grad, output in zip(upstream, outputs, strict=True)]
+        torch.autograd.backward(outputs, grads)
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None, f"no gradient for {name}"
+            results[f"gradient of {name}"] = leaf.grad
+    return results, outputs
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return (found.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+@pytest.fixture
+def check_numerics() -> Callable[..., None]:
+    """The rule of numerics: no output and no gradient of `ours` may be further from float64 than twice
+    the error of eager PyTorch in the same dtype, plus 1e-6."""
+
+    def check(
+        ours: Function,
+        eager: Function,
+        dtype: torch.dtype,
+        values: dict[str, Tensor],
+        *,
+        kept: tuple[str, ...] = (),
+    ) -> None:
+        """`values` are float32 inputs; all but those named in `kept` are rounded to `dtype` first.
+
+        Both functions take the inputs by name and return a tensor or several.
+        """
+        rounded = {n: v.float() if n in kept else v.to(dtype) for n, v in values.items()}
+        doubled = {name: value.double() for name, value in rounded.items()}
+        with torch.no_grad():
+            _, outputs = _evaluate(ours, rounded, None)
+        # A scalar is a loss, where backward starts from 1.
+        upstream = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
+        exact, _ = _evaluate(eager, doubled, upstream)
+        eager_found, _ = _evaluate(eager, rounded, upstream)
+        found, outputs = _evaluate(ours, rounded, upstream)
+        for name, expected in exact.items():
+            assert found[name].shape == expected.shape, name
+            allowed = 2 * _error(eager_found[name], expected) + 1e-6
+            error = _error(found[name], expected)
+            assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+        for name, value in rounded.items():
+            assert found[f"gradient of {name}"].dtype == value.dtype, name
+
+    return check
+
+
+@pytest.fixture
+def refuses() -> Callable[..., None]:
+    """Assert that a call raises, that the message holds all `words`, and that no argument changed."""
+
+    def check(error: type[Exception], words: tuple[str, ...], call: Function, *args, **kwargs):
+        tensors = [a for a in itertools.chain(args, kwargs.values()) if isinstance(a, Tensor)]
+        before = [t.detach().clone() for t in tensors]
+        with pytest.raises(error) as caught:
+            call(*args, **kwargs)
+        missing = [word for word in words if word not in str(caught.value)]
+        assert not missing, f"{missing} not in {caught.value}"
+        assert all(t.is_meta or torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+    return check
