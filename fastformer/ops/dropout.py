@@ -55,12 +55,18 @@ def dropout_mask(rows: int, cols: int, dropout_p: float, rng: Tensor, site: int 
     return torch.ops.fastformer.dropout_mask.default(rows, cols, dropout_p, checked, site)
 
 
+def _check(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor | None:
+    check_float("dropout", x=x)
+    if x.dim() == 0:
+        raise ValueError(f"dropout: x must be (..., C), got shape {tuple(x.shape)}")
+    return check_dropout("dropout", dropout_p, rng, x)
+
+
 @dispatch.explainer("dropout")
 def _explain(
     x: Tensor, dropout_p: float, *, rng: Tensor | None = None, site: int = 0
 ) -> list[tuple[str, tuple[Any, ...]]]:
-    check_float("dropout", x=x)
-    state = check_dropout("dropout", dropout_p, rng, x)
+    state = _check(x, dropout_p, rng)
     if state is None:
         return []
     cols = x.shape[-1]
@@ -93,10 +99,9 @@ def dropout(x: Tensor, dropout_p: float, *, rng: Tensor | None = None, site: int
     The mask is that of `dropout_mask` with C columns. `rng` is an int64 tensor (seed, offset) on
     the device of `x`; without it a state is drawn from torch's default generator. Unlike
     torch.nn.functional.dropout the mask is the same on every device and is not stored for
-    backward. Raises ValueError unless 0 <= dropout_p < 1.
+    backward. Raises ValueError unless 0 <= dropout_p < 1 and `x` has a dimension.
     """
-    check_float("dropout", x=x)
-    state = check_dropout("dropout", dropout_p, rng, x)
+    state = _check(x, dropout_p, rng)
     if state is None:
         return x
     if needs_grad(x):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastformer import ops
-from fastformer.ops.dispatch import explain
 
 F32, BF16, I32, I64 = torch.float32, torch.bfloat16, torch.int32, torch.int64
 
@@ -87,7 +86,12 @@ BAD = [
         ValueError,
         ["key_lengths", "int32", "int64"],
     ),
-    ("attention", {"key_lengths": zeros(3, dtype=I32)}, ValueError, ["key_lengths", "(2,)", "(3,)"]),
+    (
+        "attention",
+        {"key_lengths": zeros(3, dtype=I32)},
+        ValueError,
+        ["key_lengths", "(2,)", "(3,)"],
+    ),
     (
         "attention",
         {"key_lengths": zeros(2, dtype=I32, device="meta")},
@@ -158,7 +162,6 @@ BAD = [
         ValueError,
         ["x on cpu", "targets on meta"],
     ),
-    ("linear_cross_entropy", {"targets": torch.tensor([20] * 6)}, ValueError, ["[0, 20)", "20"]),
     ("linear_cross_entropy", {"label_smoothing": 1.0}, ValueError, ["label_smoothing", "1.0"]),
     ("linear_cross_entropy", {"label_smoothing": -0.1}, ValueError, ["label_smoothing", "-0.1"]),
     ("linear_cross_entropy", {"z_loss": -1.0}, ValueError, ["z_loss", "-1.0"]),
@@ -188,23 +191,27 @@ def test_the_arguments_to_be_spoiled_are_good(op):
     getattr(ops, op)(**good()[op])
 
 
-@pytest.mark.parametrize(
+bad = pytest.mark.parametrize(
     ("op", "change", "error", "words"),
     BAD,
     ids=[f"{op}-{'-'.join(change)}-{n}" for n, (op, change, *_) in enumerate(BAD)],
 )
-def test_bad_arguments_are_refused(refuses, op, change, error, words):
+
+
+def spoiled(op, change):
     change = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in change.items()}
-    refuses(error, (f"{op}: ", *words), getattr(ops, op), **good()[op] | change)
+    return good()[op] | change
 
 
-@pytest.mark.parametrize(
-    ("op", "change", "error", "words"),
-    [case for case in BAD if case[0] != "dropout_mask" and case[3] != ["[0, 20)", "20"]][::4],
-    ids=str,
-)
+@bad
+def test_bad_arguments_are_refused(refuses, op, change, error, words):
+    refuses(error, (f"{op}: ", *words), getattr(ops, op), **spoiled(op, change))
+
+
+@bad
 def test_explain_refuses_the_same_arguments(refuses, op, change, error, words):
-    refuses(error, (f"{op}: ", *words), explain, op, **good()[op] | change)
+    if op != "dropout_mask":  # explained as a part of dropout
+        refuses(error, (f"{op}: ", *words), ops.explain, op, **spoiled(op, change))
 
 
 def test_an_error_leaves_gradients_alone(refuses):

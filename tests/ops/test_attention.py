@@ -60,7 +60,9 @@ def test_the_eager_oracle_is_torchs_attention():
 def test_numerics(backend, check_numerics, T, D, causal, dtype):
     options = {"causal": causal}
     values = qkv(2, T, T, 2, D, backend)
-    check_numerics(with_options(attention, **options), with_options(eager, **options), dtype, values)
+    check_numerics(
+        with_options(attention, **options), with_options(eager, **options), dtype, values
+    )
 
 
 @directions
@@ -78,7 +80,9 @@ def test_numerics_of_cross_attention(backend, check_numerics, T, S, causal, dtyp
     """Where T > S and the mask is causal, the first T - S queries see no key."""
     options = {"causal": causal}
     values = qkv(2, T, S, 2, 32, backend)
-    check_numerics(with_options(attention, **options), with_options(eager, **options), dtype, values)
+    check_numerics(
+        with_options(attention, **options), with_options(eager, **options), dtype, values
+    )
 
 
 @dtypes
@@ -88,7 +92,9 @@ def test_numerics_with_key_lengths(backend, check_numerics, T, S, causal, dtype)
     lengths = torch.tensor([S, 0, 1, S // 2], dtype=torch.int32, device=backend)
     options = {"causal": causal, "key_lengths": lengths}
     values = qkv(4, T, S, 2, 16, backend)
-    check_numerics(with_options(attention, **options), with_options(eager, **options), dtype, values)
+    check_numerics(
+        with_options(attention, **options), with_options(eager, **options), dtype, values
+    )
 
 
 @dtypes
@@ -106,7 +112,9 @@ def test_numerics_with_dropout(backend, check_numerics, T, S, dropout_p, causal,
     lengths = torch.tensor([S, S - 3, 0], dtype=torch.int32, device=backend)
     shared = {"causal": causal, "key_lengths": lengths, "dropout_p": dropout_p}
     ours = with_options(attention, rng=rng, site=3, **shared)
-    check_numerics(ours, with_options(eager, keep=keep, **shared), dtype, qkv(B, T, S, H, 32, backend))
+    check_numerics(
+        ours, with_options(eager, keep=keep, **shared), dtype, qkv(B, T, S, H, 32, backend)
+    )
 
 
 @dtypes
@@ -149,7 +157,9 @@ def test_strides_do_not_matter(backend, layout):
 def test_numerics_of_another_scale(backend, check_numerics, scale, dtype):
     options = {"scale": scale, "causal": True}
     values = qkv(2, 20, 20, 2, 16, backend)
-    check_numerics(with_options(attention, **options), with_options(eager, **options), dtype, values)
+    check_numerics(
+        with_options(attention, **options), with_options(eager, **options), dtype, values
+    )
 
 
 def test_large_scores_do_not_overflow(backend):

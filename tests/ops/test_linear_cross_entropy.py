@@ -24,7 +24,9 @@ def inputs(N, C, V, device, *, bias=True):
     return values
 
 
-def eager(x, weight, targets, *, bias=None, z_loss=0.0, reduction="mean", ignore_index=-100, **rest):
+def eager(
+    x, weight, targets, *, bias=None, z_loss=0.0, reduction="mean", ignore_index=-100, **rest
+):
     logits = F.linear(x, weight, bias)
     if logits.dtype != torch.float64:
         logits = logits.float()  # what every trainer does before a loss

@@ -94,7 +94,9 @@ def test_gelu_in_closed_form(backend):
     ]
     for activation, expected in (("gelu", erf), ("gelu_tanh", tanh)):
         out = mlp(x, one, None, one, None, activation=activation).flatten()
-        torch.testing.assert_close(out, torch.tensor(expected, device=backend), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            out, torch.tensor(expected, device=backend), atol=1e-6, rtol=1e-5
+        )
 
 
 def test_strides_do_not_matter(backend):
