@@ -43,7 +43,7 @@ test: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(JOBS) --dist loadgroup
 
 bench: $(VENV)/.installed
-	@$(BIN)/python -m pytest -q benchmarks
+	@for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
 lint: $(VENV)/.requirements
 	@$(BIN)/ruff check --quiet .

@@ -1,4 +1,4 @@
-"""Seeds, poisoned memory, the backends under test, and the rule of numerics that all of them obey."""
+"""Seeds, poisoned memory, the backends under test, and the rule of numerics they all obey."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 @pytest.fixture
 def check_numerics() -> Callable[..., None]:
-    """The rule of numerics: no output and no gradient of `ours` may be further from float64 than twice
-    the error of eager PyTorch in the same dtype, plus 1e-6."""
+    """The rule of numerics: no output and no gradient of `ours` may be further from float64 than
+    twice the error of eager PyTorch in the same dtype, plus 1e-6."""
 
     def check(
         ours: Function,
@@ -131,7 +131,7 @@ def check_numerics() -> Callable[..., None]:
 
 @pytest.fixture
 def refuses() -> Callable[..., None]:
-    """Assert that a call raises, that the message holds all `words`, and that no argument changed."""
+    """Assert that a call raises with all `words` in the message and changes no argument."""
 
     def check(error: type[Exception], words: tuple[str, ...], call: Function, *args, **kwargs):
         tensors = [a for a in itertools.chain(args, kwargs.values()) if isinstance(a, Tensor)]

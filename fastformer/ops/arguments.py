@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,9 +53,23 @@ def check_dropout(op: str, dropout_p: float, rng: Tensor | None, like: Tensor) -
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that torch.autocast asks for on the device of `x`, or None outside autocast."""
     device = x.device.type
+    if device == "meta":  # torch knows no autocast there, and raises
+        return None
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
+
+
+def distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Make a view of every tensor that was given before, as cu_seqlens often is: torch.compile
+    refuses an autograd.Function that takes one tensor twice."""
+    if not torch.compiler.is_compiling():
+        return args
+    out: list[Any] = []
+    for arg in args:
+        again = isinstance(arg, Tensor) and any(arg is other for other in out)
+        out.append(arg.view_as(arg) if again else arg)
+    return tuple(out)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

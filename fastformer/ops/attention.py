@@ -21,6 +21,7 @@ from fastformer.ops.arguments import (
     check_dropout,
     check_float,
     check_same_dtype,
+    distinct,
     needs_grad,
 )
 
@@ -239,7 +240,7 @@ def attention(
         site=site,
     )
     if needs_grad(q, k, v):
-        return _Attention.apply(*args)
+        return _Attention.apply(*distinct(args))
     return torch.ops.fastformer.attention_fwd.default(*args)[0]
 
 
@@ -315,7 +316,7 @@ def attention_varlen(
         site=site,
     )
     if needs_grad(q, k, v):
-        return _AttentionVarlen.apply(*args)
+        return _AttentionVarlen.apply(*distinct(args))
     return torch.ops.fastformer.attention_varlen_fwd.default(*args)[0]
 
 

@@ -9,6 +9,7 @@ N rows, C model dim.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,11 +17,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastformer.ops import dispatch, reference
-from fastformer.ops.arguments import autocast_dtype, check_dropout, check_float, needs_grad
+from fastformer.ops.arguments import (
+    autocast_dtype,
+    check_dropout,
+    check_float,
+    distinct,
+    needs_grad,
+)
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1].numel(), dtype=reference.accumulator(x.dtype))
+    # Not Size.numel(): it would make a dynamic size a constant.
+    return x.new_empty(math.prod(x.shape[:-1]), dtype=reference.accumulator(x.dtype))
 
 
 def _fwd_fake(
@@ -196,7 +204,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     """
     args = _prepare(x, weight, bias, eps)
     if needs_grad(x, weight, bias):
-        return _LayerNorm.apply(*args)
+        return _LayerNorm.apply(*distinct(args))
     return torch.ops.fastformer.layer_norm_fwd.default(*args)[0]
 
 
@@ -243,7 +251,7 @@ def add_layer_norm(
     """
     args = _prepare_add(x, residual, weight, bias, eps, dropout_p=dropout_p, rng=rng, site=site)
     if needs_grad(x, residual, weight, bias):
-        return _AddLayerNorm.apply(*args)
+        return _AddLayerNorm.apply(*distinct(args))
     normed, new_residual, _, _ = torch.ops.fastformer.add_layer_norm_fwd.default(*args)
     return normed, new_residual
 

@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastformer.ops import dispatch, reference
-from fastformer.ops.arguments import autocast_dtype, check_float, check_same_dtype, needs_grad
+from fastformer.ops.arguments import (
+    autocast_dtype,
+    check_float,
+    check_same_dtype,
+    distinct,
+    needs_grad,
+)
 
 REDUCTIONS = ("mean", "sum")
 
@@ -152,7 +158,7 @@ def linear_cross_entropy(
         reduction=reduction,
     )
     if needs_grad(x, weight, bias):
-        return _LinearCrossEntropy.apply(*args)
+        return _LinearCrossEntropy.apply(*distinct(args))
     return torch.ops.fastformer.linear_cross_entropy_fwd.default(*args, False)[0]
 
 

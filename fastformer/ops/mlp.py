@@ -9,6 +9,7 @@ C model dim, F hidden dim.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastformer.ops.arguments import (
     check_dropout,
     check_float,
     check_same_dtype,
+    distinct,
     needs_grad,
 )
 
@@ -30,7 +32,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh")
 def _fwd_fake(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # not Size.numel(): it would make a dynamic size a constant
     return x.new_empty((*x.shape[:-1], w2.shape[0])), x.new_empty((rows, w1.shape[0]))
 
 
@@ -163,7 +165,7 @@ def mlp(
         x, w1, b1, w2, b2, activation=activation, dropout_p=dropout_p, rng=rng, site=site
     )
     if needs_grad(x, w1, b1, w2, b2):
-        return _MLP.apply(*args)
+        return _MLP.apply(*distinct(args))
     return torch.ops.fastformer.mlp_fwd.default(*args)[0]
 
 

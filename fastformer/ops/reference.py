@@ -460,10 +460,9 @@ def linear_cross_entropy_fwd(
         _check_targets(targets[rows], V)
     share = 1.0 / max(rows.numel(), 1) if mean else 1.0
     loss = torch.zeros((), dtype=acc, device=x.device)
-    empty = x.new_empty(0)
-    grad_x = torch.zeros_like(x) if needs_grad else empty
-    grad_w = torch.zeros(weight.shape, dtype=acc, device=x.device) if needs_grad else empty
-    grad_b = torch.zeros(V, dtype=acc, device=x.device) if needs_grad else empty
+    grad_x = x.new_zeros(x.shape if needs_grad else 0)
+    grad_w = x.new_zeros(weight.shape if needs_grad else 0, dtype=acc)
+    grad_b = x.new_zeros(V if needs_grad else 0, dtype=acc)
     for index in rows.split(_ROWS_PER_CHUNK):
         chunk, target = x[index], targets[index, None]
         logits = F.linear(chunk, weight, None if bias is None else bias.to(x.dtype)).to(acc)
@@ -481,10 +480,8 @@ def linear_cross_entropy_fwd(
             grad = grad.to(x.dtype)
             grad_x[index] = grad @ weight
             grad_w += grad.t() @ chunk
-    if needs_grad:
-        grad_w = grad_w.to(weight.dtype)
-        grad_b = grad_b.to(weight.dtype if bias is None else bias.dtype)
-    return loss, grad_x, grad_w, grad_b
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return loss, grad_x, grad_w.to(weight.dtype), grad_b.to(bias_dtype)
 
 
 def _check_targets(targets: Tensor, V: int) -> None:

@@ -447,9 +447,9 @@ class _Run:
             text = self.task.sample(self.device)
         self.model.train()
         self.log.sample(self.step, text)
-        shown_lines = text.splitlines()[:3]
-        for line in shown_lines:
-            self.screen.line(f"    {line[:100]}")
+        last = self.step >= self.config.steps
+        for line in text.splitlines()[: 15 if last else 3]:
+            self.screen.line(f"    {line[: self.screen.width - 4]}")
 
     def _save(self) -> None:
         if self.share.rank == 0:

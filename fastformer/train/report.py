@@ -32,6 +32,11 @@ class Screen:
     def __init__(self, silent: bool = False) -> None:
         self.console = Console(highlight=False, quiet=silent)
 
+    @property
+    def width(self) -> int:
+        """Columns of the terminal; 100 where there is none."""
+        return self.console.width if self.console.is_terminal else 100
+
     def line(self, text: str = "") -> None:
         """Print one line as it is."""
         self.console.print(text, markup=False, soft_wrap=True)

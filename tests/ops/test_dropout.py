@@ -25,7 +25,7 @@ KNOWN_ANSWERS = {
     ),
 }
 
-# rows, cols, p, seed, offset, site: every kind of tail, every word of key and counter above 32 bits.
+# rows, cols, p, seed, offset, site: every kind of tail, and every word of key and counter in use.
 MASKS = {
     "one-draw": (3, 8, 0.5, 0, 0, 0),
     "tail-of-1": (5, 9, 0.1, 1, 2, 3),
@@ -156,7 +156,7 @@ def test_kept_elements_are_scaled_and_the_others_zero(backend, dropout_p, dtype)
 
 
 def test_the_expectation_is_exact(backend):
-    """Every 16-bit number once per element would give the mean 1; here is the mean over many seeds."""
+    """p is rounded to a multiple of 2**-16 and the factor follows it."""
     ones = torch.ones(64, 64, device=backend)
     runs = [dropout(ones, 0.3, rng=state(seed, 0, backend)).double().mean() for seed in range(300)]
     deviation = (0.3 / 0.7) ** 0.5 / (300 * 64 * 64) ** 0.5

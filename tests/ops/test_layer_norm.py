@@ -159,7 +159,7 @@ def test_a_float32_residual_stays_float32_beside_lower_precision(
 
 @pytest.mark.parametrize("used", ["normed", "total"])
 def test_add_when_only_one_result_is_used(backend, used):
-    """A post-norm block drops the sum, the last block of a truncated model drops the normed rows."""
+    """A post-norm block drops the sum; a loss on the stream drops the normed rows."""
     inputs = [torch.randn(6, 32, device=backend, requires_grad=True) for _ in range(2)]
     inputs += [p.requires_grad_() for p in affine(32, backend).values()]
     copies = [x.detach().double().requires_grad_() for x in inputs]

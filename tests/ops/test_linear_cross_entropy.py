@@ -40,7 +40,7 @@ def eager(
 
 
 def check(check_numerics, dtype, values, targets, *, upstream=1.0, **options):
-    """Run the rule of numerics with the loss scaled by `upstream`, as gradient accumulation does."""
+    """The rule of numerics, with the loss scaled by `upstream` as in gradient accumulation."""
     check_numerics(
         lambda **tensors: linear_cross_entropy(**tensors, targets=targets, **options) * upstream,
         lambda **tensors: eager(**tensors, targets=targets, **options) * upstream,

@@ -1,0 +1,1 @@
+"""Measurements: `make bench`, or one of them with `python -m benchmarks.bench_<op>`."""
