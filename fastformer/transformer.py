@@ -389,27 +389,29 @@ class GPT(_LanguageModel):
         generator = None
         if seed is not None:
             generator = torch.Generator(ids.device).manual_seed(seed)
-        was_training = self.training
-        self.eval()
         caches: list[KeyValueCache] = []
         limit = self.config.max_tokens
         done = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
-        for _ in range(max_new_tokens):
-            if caches and caches[0].length < limit:
-                fresh = ids[:, -1:]
-            else:  # at the start, and at every token once the window slides
-                caches = [KeyValueCache(limit) for _ in self.transformer.blocks]
-                fresh = ids[:, -limit:]
-            x = self.hidden(fresh, caches=caches)[:, -1]
-            logits = self.head(self.head_transform(x)).float()
-            new = _sample(logits, temperature, top_k, generator)
-            if stop is not None:
-                new = torch.where(done, stop, new)
-                done |= new == stop
-            ids = torch.cat([ids, new], dim=1)
-            if stop is not None and bool(done.all()):
-                break
-        self.train(was_training)
+        was_training = self.training
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                if caches and caches[0].length < limit:
+                    fresh = ids[:, -1:]
+                else:  # at the start, and at every token once the window slides
+                    caches = [KeyValueCache(limit) for _ in self.transformer.blocks]
+                    fresh = ids[:, -limit:]
+                x = self.hidden(fresh, caches=caches)[:, -1]
+                logits = self.head(self.head_transform(x)).float()
+                new = _sample(logits, temperature, top_k, generator)
+                if stop is not None:
+                    new = torch.where(done, stop, new)
+                    done |= new == stop
+                ids = torch.cat([ids, new], dim=1)
+                if stop is not None and bool(done.all()):
+                    break
+        finally:
+            self.train(was_training)
         return ids
 
 
@@ -442,7 +444,7 @@ class ImageEmbedding(nn.Module):
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images must be (B, {expected}), got {tuple(images.shape)}")
         patches = self.patch(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
+        x = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1)
         x = x + self.position
         if self.training and self.config.dropout:
             x = ops.dropout(x, self.config.dropout, rng=rng)

@@ -51,16 +51,19 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> BERT | G
         with safe_open(path, "pt") as file:
             stored = json.loads((file.metadata() or {})[_KEY])
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
+        model_class: Any = MODELS[stored["kind"]]
+        config_class: Any = ImageConfig if stored["kind"] == "vit" else TextConfig
+        config = config_class(**stored["config"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a model of fastformer ({error})") from None
-    config_class: Any = ImageConfig if stored["kind"] == "vit" else TextConfig
-    model_class: Any = MODELS[stored["kind"]]
     with torch.device(device):
-        model = model_class(config_class(**stored["config"]))
+        model = model_class(config)
     parameters = dict(model.named_parameters())
-    if parameters.keys() != values.keys():
-        different = sorted(parameters.keys() ^ values.keys())[0]
-        raise ValueError(f"{path} does not fit its own configuration: {different}")
+    expected = {(name, parameter.shape) for name, parameter in parameters.items()}
+    different = expected ^ {(name, value.shape) for name, value in values.items()}
+    if different:
+        name = min(name for name, _ in different)
+        raise ValueError(f"{path} does not fit its own configuration: {name}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])

@@ -8,14 +8,12 @@ gradient that is not finite stops the run before anything is saved.
 from __future__ import annotations
 
 import math
-import os
 import platform
 import resource
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,22 +30,16 @@ from fastformer.train import checkpoint
 from fastformer.train.config import Kind, RunError, TrainConfig, check_resumable, from_json, to_json
 from fastformer.train.data import Purpose, derive_seed
 from fastformer.train.folder import RunFolder, free_name, read_config
+from fastformer.train.optim import build_optimizer, learning_rate
+from fastformer.train.processes import Interrupted, Share, StopRequest, ignore_interrupt, join_group
 from fastformer.train.report import Log, Screen, duration, plot_curves
-from fastformer.train.tasks import Share, Task, Totals, build_task
+from fastformer.train.tasks import Task, Totals, build_task
 
 
 class Diverged(RunError):
     """The loss or the gradient became infinite or NaN."""
 
     exit_code = 1
-
-
-class Interrupted(RunError):
-    """SIGINT or SIGTERM came; a checkpoint was saved."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
 
 
 @dataclass
@@ -66,7 +58,6 @@ class Progress:
 class Recent:
     """Loss and gradient norm of the steps since the last report, kept on the device."""
 
-    device: torch.device
     steps: list[int] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
@@ -87,75 +78,6 @@ class Recent:
         return sum(losses) / len(losses), values[-1][1]
 
 
-class StopRequest:
-    """Remembers SIGINT or SIGTERM until the step is over; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def _receive(self, number: int, frame: object) -> None:
-        if self.number is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def agreed(self, share: Share, device: torch.device) -> int | None:
-        """The signal that any of the processes received."""
-        if share.world_size == 1:
-            return self.number
-        number = torch.tensor(self.number or 0, device=device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number) or None
-
-
-@contextmanager
-def _processes(device: torch.device) -> Iterator[tuple[Share, torch.device]]:
-    """Join the process group when torchrun started us; give each process its own GPU."""
-    if "WORLD_SIZE" not in os.environ:
-        yield Share(), device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Share(dist.get_rank(), dist.get_world_size()), device
-    finally:
-        dist.destroy_process_group()
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of the step after `step` finished ones: linear warm-up, cosine decay to a tenth."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-
-
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; one must answer
-
-
 def _loader(data: Any, config: TrainConfig, sampler: range | None, device: torch.device) -> Any:
     return DataLoader(
         data,
@@ -163,7 +85,7 @@ def _loader(data: Any, config: TrainConfig, sampler: range | None, device: torch
         sampler=sampler,
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=ignore_interrupt,
         generator=torch.Generator().manual_seed(0),
     )
 
@@ -184,7 +106,8 @@ def evaluate(
             progress(done, len(mine))
     task.model.train()
     if share.world_size > 1:
-        sums = torch.tensor([totals.loss, totals.count, totals.correct], device=device)
+        found = (totals.loss, totals.count, totals.correct)
+        sums = torch.tensor(found, dtype=torch.float64, device=device)
         dist.all_reduce(sums)
         totals = Totals(float(sums[0]), int(sums[1]), int(sums[2]))
     accuracy = totals.correct / totals.count if task.has_accuracy else None
@@ -203,8 +126,8 @@ def train(kind: Kind, config: TrainConfig) -> dict[str, Any]:
     Raises RunError or DataError, each one clear line, for anything the user can mend; Diverged when
     the loss is no longer finite; Interrupted, after saving, on SIGINT or SIGTERM.
     """
-    with _processes(config.torch_device()) as (share, device):
-        out = config.out or free_name(Path("runs"), config.preset)
+    with join_group(config.torch_device()) as (share, device):
+        out = share.agreed_path(config.out or free_name(Path("runs"), config.preset))
         config = replace(config, out=out)
         screen = Screen(silent=share.rank > 0)
         with RunFolder(out, config.resume, leader=share.rank == 0) as folder:
@@ -238,14 +161,14 @@ class _Run:
                 " restore it, or start anew with another --out"
             )
         self.model: Any = self.task.model.to(device)
-        self.optimizer = _optimizer(self.model, self.config)
+        self.optimizer = build_optimizer(self.model, self.config)
         self.step, self.progress = 0, Progress()
         checkpoint.check_space(folder.path, self.model.num_parameters)
         self._restore()
         if share.rank == 0:
             self._describe()
         self.forward = self._wrapped_model()
-        self.recent = Recent(device)
+        self.recent = Recent()
         # The state of all dropout: the seed, and the number of the batch in the upper 32 bits of
         # the offset; the lower bits belong to the sites within the model.
         seed = derive_seed(Purpose.DROPOUT, config.seed, share.rank)

@@ -43,6 +43,7 @@ from fastformer.train.data.windows import (
     validation_windows,
 )
 from fastformer.train.folder import RunFolder
+from fastformer.train.processes import Share
 from fastformer.train.report import Screen
 from fastformer.transformer import BERT, GPT, IGNORE_INDEX, TransformerConfig, ViT
 
@@ -66,14 +67,6 @@ class Totals:
         self.loss += float(loss)
         self.count += count
         self.correct += correct
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of every batch this process trains on."""
-
-    rank: int = 0
-    world_size: int = 1
 
 
 def _seeded_model(kind: Kind, config: TransformerConfig, seed: int) -> Any:

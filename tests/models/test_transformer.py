@@ -1,4 +1,4 @@
-"""BERT, GPT and ViT: what they see, their loss, dropout, generation, and torch's transformations."""
+"""BERT, GPT and ViT: what they see, their loss, dropout, generation, compilation and errors."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ def vit(**changes):
 
 
 def widened(model):
-    """Larger weights than those of a fresh model, so that an error in any part shows in the logits."""
+    """Larger weights than a fresh model's, so that an error in any part shows in the logits."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -400,11 +400,12 @@ def test_generation_refuses_bad_shapes(shape):
         gpt().generate(torch.zeros(shape, dtype=torch.long), 3)
 
 
-def test_initial_weights_follow_gpt2():
-    """N(0, 0.02), the outputs of branches narrower by sqrt(2 L), norms at one, biases at zero."""
+@pytest.mark.parametrize("dim", [768, 192])
+def test_initial_weights_follow_gpt2(dim):
+    """0.02 at GPT-2's width; outputs of branches narrower by sqrt(2 L), norms one, biases zero."""
     torch.manual_seed(0)
-    settings = {**TEXT, "dim": 256, "hidden_dim": 512, "layers": 8, "vocab_size": 500}
-    model = GPT(TextConfig(causal=True, head_bias=True, **settings))
+    changes = {"dim": dim, "heads": 12, "hidden_dim": 512, "layers": 8, "vocab_size": 500}
+    model = GPT(TextConfig(causal=True, head_bias=True, **TEXT | changes))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -412,7 +413,7 @@ def test_initial_weights_follow_gpt2():
             assert (parameter == 1).all(), name
         else:
             narrow = name.endswith(("attention.out.weight", "fc2.weight"))
-            expected = 0.02 / 4 if narrow else 0.02
+            expected = 0.02 * (768 / dim) ** 0.5 / (4 if narrow else 1)
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
 
 
@@ -468,11 +469,11 @@ def test_a_configuration_cannot_be_changed_behind_the_model():
 
 
 def test_models_refuse_the_wrong_direction():
-    with pytest.raises(ValueError, match="GPT: .* set causal=True"):
+    with pytest.raises(ValueError, match=r"GPT: .* set causal=True"):
         GPT(TextConfig(**TEXT))
-    with pytest.raises(ValueError, match="BERT: .* set causal=False"):
+    with pytest.raises(ValueError, match=r"BERT: .* set causal=False"):
         BERT(TextConfig(causal=True, **TEXT))
-    with pytest.raises(ValueError, match="ViT: .* set causal=False"):
+    with pytest.raises(ValueError, match=r"ViT: .* set causal=False"):
         ViT(ImageConfig(causal=True, **IMAGE))
 
 

@@ -119,7 +119,7 @@ def unknown_field(path):
 
 
 def missing_weight(path):
-    rewrite(path, lambda weights, metadata: weights.pop("transformer.norm.weight") and None)
+    rewrite(path, lambda weights, metadata: weights.popitem() and None)
 
 
 def extra_weight(path):
@@ -156,5 +156,5 @@ def test_a_damaged_file_is_refused(saved, damage):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no model at .*model.safetensors"):
+    with pytest.raises(ValueError, match=r"no model at .*model\.safetensors"):
         load_model(tmp_path)

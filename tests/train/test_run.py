@@ -25,9 +25,11 @@ from fastformer.train.config import TrainConfig, default_config, from_json, to_j
 from fastformer.train.data.text import load_tokenizer
 from fastformer.train.data.windows import CausalWindows
 from fastformer.train.folder import RunFolder
-from fastformer.train.loop import evaluate, learning_rate
+from fastformer.train.loop import evaluate
+from fastformer.train.optim import build_optimizer, learning_rate
+from fastformer.train.processes import Share
 from fastformer.train.report import Log, Screen, duration, read_log
-from fastformer.train.tasks import Share, build_task
+from fastformer.train.tasks import build_task
 
 Arguments = Callable[..., list[str]]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -151,7 +153,7 @@ def test_accumulation_equals_one_large_batch(
 def test_weight_decay_spares_vectors() -> None:
     model = fastformer.from_preset("gpt-tiny", layers=1)
     config = default_config("gpt", "gpt-tiny")
-    matrices, vectors = loop._optimizer(model, config).param_groups
+    matrices, vectors = build_optimizer(model, config).param_groups
     assert matrices["weight_decay"] == config.weight_decay and vectors["weight_decay"] == 0.0
     assert {p.dim() for p in vectors["params"]} == {1}
     count = len(matrices["params"]) + len(vectors["params"])
