@@ -38,14 +38,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", cases, indirect=True)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Here rather than in the fixture, so that the summary has one line per reason, not per test.
+    if "backend" in getattr(item, "fixturenames", ()):
+        name, device = item.callspec.params["backend"]
+        if device == "cuda" and not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU and a CUDA build of torch")
+        if name in ("cpu", "cuda") and _library.WHY_NOT is not None:
+            pytest.skip(_library.WHY_NOT)
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Force one backend; yield the device its tensors live on, or skip with the reason."""
+    """Force one backend; yield the device its tensors live on."""
     name, device = request.param
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU and a CUDA build of torch")
-    if name in ("cpu", "cuda") and _library.WHY_NOT is not None:
-        pytest.skip(_library.WHY_NOT)
     with fastformer.backend(name):
         yield device
 

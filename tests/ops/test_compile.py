@@ -135,7 +135,23 @@ def test_dropout_without_a_state_compiles():
     assert not torch.equal(first, second)
 
 
+def test_one_tensor_may_be_given_twice():
+    """As cu_seqlens of self-attention, or a memory that is both key and value."""
+    torch._dynamo.reset()
+
+    def twice(x, w):
+        normed, total = ops.add_layer_norm(x, x, w, w)
+        table = torch.stack([w, w])
+        out = ops.attention(normed, total, total) + ops.attention(total, total, total)
+        return ops.mlp(out, table, w[:2], table.t(), None) + ops.layer_norm(out, w, w)
+
+    tensors = randn(2, 5, 2, 16), randn(16)
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    assert_equal(results(compiled, tensors), results(twice, tensors))
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_inductor_gives_the_same_results():
     torch._dynamo.reset()
 
