@@ -13,6 +13,7 @@ from fastformer.ops import (
     mlp,
 )
 from fastformer.presets import from_preset
+from fastformer.pretrained import load_pretrained
 from fastformer.transformer import (
     BERT,
     GPT,
@@ -44,6 +45,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "load_model",
+    "load_pretrained",
     "mlp",
     "save_model",
 ]

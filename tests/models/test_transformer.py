@@ -239,6 +239,7 @@ def test_compile_without_a_graph_break(build):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_inductor_trains_a_gpt_as_eager_does():
     torch._dynamo.reset()
     model = gpt(**DROPOUT).train()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+
 LOOK = """
 import fastformer, fastformer.kernels, torch
 from fastformer import _library
@@ -59,9 +61,15 @@ def test_never_built_checkout_imports(run, copy_checkout, make_venv) -> None:
     ]
 
 
-def test_top_level_kernels_is_not_ours(run) -> None:
-    result = run(sys.executable, "-c", "import kernels")
-    assert "ImportError: this folder is fastformer.kernels" in result.stderr
+def test_top_level_kernels_is_not_ours(run, tmp_path) -> None:
+    """In a checkout `import kernels` gives the package of that name, or an empty one."""
+    look = "import kernels; print(kernels.__version__); from kernels import get_kernel"
+    result = run(sys.executable, "-c", look, PYTHONPATH=CHECKOUT)
+    assert result.stdout == "0\n" and "ImportError: cannot import name" in result.stderr
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '9'; get_kernel = print")
+    result = run(sys.executable, "-c", look, PYTHONPATH=f"{CHECKOUT}:{tmp_path}")
+    assert (result.stdout, result.stderr) == ("9\n", "")
 
 
 @pytest.mark.slow
