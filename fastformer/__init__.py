@@ -1,5 +1,19 @@
 """fastformer: one transformer, three models (BERT, GPT, ViT), on kernels written for them."""
 
+try:
+    import torch as _torch
+except ModuleNotFoundError as _error:
+    if _error.name != "torch":
+        raise
+    raise ImportError(
+        "fastformer needs PyTorch 2.11 or newer: pip install torch, or see pytorch.org for your GPU"
+    ) from None
+if tuple(int(_part) for _part in _torch.__version__.split(".")[:2]) < (2, 11):
+    raise ImportError(
+        f"fastformer needs PyTorch 2.11 or newer, found {_torch.__version__}:"
+        " pip install --upgrade torch"
+    )
+
 from fastformer._checkout import version as _version
 from fastformer.ops import (
     add_layer_norm,

@@ -30,6 +30,8 @@ _TRAIN = {
     "vit": "Train a ViT: an encoder that tells the class of an image.",
 }
 
+_TRAIN_PACKAGES = ("matplotlib", "PIL", "rich", "sklearn", "tokenizers", "tyro")
+
 
 def _fail(message: str) -> int:
     print(f"fastformer: error: {message}", file=sys.stderr)
@@ -59,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("fastformer: interrupted", file=sys.stderr)
         return 130
     except ImportError as error:
+        if error.name in _TRAIN_PACKAGES:
+            return _fail(f"{error.name} is missing: pip install 'fastformer[train]'")
         return _fail(str(error))
 
 
@@ -70,11 +74,9 @@ def _near(word: str, known: Any) -> str:
 
 
 def _parse(config_class: Any, argv: Sequence[str], **options: Any) -> Any:
-    try:
-        import tyro
-    except ImportError:
-        raise ImportError("this command needs tyro: pip install 'fastformer[train]'") from None
-    settings = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    import tyro
+
+    settings = (tyro.conf.DisallowNone,)
     return tyro.cli(config_class, args=list(argv), config=settings, **options)
 
 
@@ -85,6 +87,8 @@ def _train(argv: Sequence[str]) -> int:
     kind: Any = argv[0]
     if kind not in _TRAIN:
         return _fail(f"train: unknown model {kind!r}{_near(kind, _TRAIN)} (known: bert, gpt, vit)")
+    import matplotlib  # noqa: F401  (needed at the very end: say now if it is missing)
+
     from fastformer.train.config import RunError
     from fastformer.train.data import DataError
     from fastformer.train.loop import train

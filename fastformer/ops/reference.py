@@ -1,9 +1,9 @@
 """The specification of every raw op in plain PyTorch, and the kernel of last resort on any device.
 
-Everything here is written to be checked by eye, not to be fast. Inputs of lower precision are
-raised to float32 (float64 stays) before any sum; results are rounded once, on the way out.
-Dropout draws its mask through the public raw op, so that a compiled mask kernel is used where
-there is one.
+Everything here is written to be checked by eye, not to be fast. Sums, softmax and statistics are in
+float32 (float64 for float64), with one rounding on the way out; products with weights run in the
+dtype of their inputs, as torch.nn.Linear does, whose kernels accumulate in float32. Dropout draws
+its mask through the public raw op, so that a compiled mask kernel is used where there is one.
 
 B batch, T query tokens, S key tokens, H heads, D head dim, C model dim, F hidden dim, V vocabulary,
 N rows (all leading dimensions flattened).
@@ -400,7 +400,9 @@ def mlp_fwd(
     """out (..., C) and the pre-activation (N, F) that the backward pass needs."""
     pre = F.linear(x.reshape(-1, x.shape[-1]), w1, b1)
     hidden, _ = _hidden(pre, tanh, dropout_p, rng, site)
-    return F.linear(hidden.to(x.dtype), w2, b2).view(*x.shape[:-1], w2.shape[0]), pre
+    out = F.linear(hidden.to(x.dtype), w2, b2)
+    # Not view: the result of an op is a tensor of its own, which may be changed in place.
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], w2.shape[0])), pre
 
 
 def mlp_bwd(

@@ -23,8 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastformer.train.config import RunError
+from fastformer.weights import whole
 
 KEEP = 3
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
@@ -70,13 +72,21 @@ def check_space(folder: Path, parameters: int) -> None:
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors that determine the rest of a run, on the CPU."""
+    """All tensors that determine the rest of a run, on the CPU; called by every process of a
+    sharded run, as each holds a part."""
     tensors = {}
     for name, parameter in model.named_parameters():
-        tensors[f"model/{name}"] = parameter.detach()
+        tensors[f"model/{name}"] = whole(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = value
-    return {name: t.cpu().contiguous() for name, t in tensors.items()}
+            tensors[f"optimizer/{name}/{key}"] = whole(value)
+    return tensors
+
+
+def _spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, split over the processes in the way that `like` is."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def restore(
@@ -91,16 +101,19 @@ def restore(
         raise RunError(f"{path} holds another model: {different[0]} does not fit")
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(_spread(tensors[name], parameter))
     # load_state_dict numbers parameters in the order of the groups, and moves state where it
     # belongs.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for index, name in enumerate(ordered):
+    for index, parameter in enumerate(ordered):
+        name = names[id(parameter)]
         prefix = f"optimizer/{name}/"
         found_state = {
-            k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
+            key.removeprefix(prefix): _spread(value, parameter)
+            for key, value in tensors.items()
+            if key.startswith(prefix)
         }
         if found_state:
             state[index] = found_state

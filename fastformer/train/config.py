@@ -67,6 +67,8 @@ class TrainConfig:
     """Largest norm of the whole gradient; 0 does not clip."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one step."""
+    shard: bool = False
+    """Under torchrun: split weights and optimiser over the processes (FSDP2) instead of copying."""
     compile: bool = False
     """Run the model through torch.compile."""
     dim: int

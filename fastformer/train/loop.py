@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -31,7 +32,14 @@ from fastformer.train.config import Kind, RunError, TrainConfig, check_resumable
 from fastformer.train.data import Purpose, derive_seed
 from fastformer.train.folder import RunFolder, free_name, read_config
 from fastformer.train.optim import build_optimizer, learning_rate
-from fastformer.train.processes import Interrupted, Share, StopRequest, ignore_interrupt, join_group
+from fastformer.train.processes import (
+    Interrupted,
+    Share,
+    StopRequest,
+    ignore_interrupt,
+    join_group,
+    shard,
+)
 from fastformer.train.report import Log, Screen, duration, plot_curves
 from fastformer.train.tasks import Task, Totals, build_task
 
@@ -161,6 +169,10 @@ class _Run:
                 " restore it, or start anew with another --out"
             )
         self.model: Any = self.task.model.to(device)
+        if self.config.shard:
+            if share.world_size == 1:
+                raise RunError("--shard needs several processes; start the run with torchrun")
+            shard(self.model)
         self.optimizer = build_optimizer(self.model, self.config)
         self.step, self.progress = 0, Progress()
         checkpoint.check_space(folder.path, self.model.num_parameters)
@@ -245,7 +257,7 @@ class _Run:
 
     def _wrapped_model(self) -> Any:
         model: Any = self.model
-        if self.share.world_size > 1:
+        if self.share.world_size > 1 and not self.config.shard:
             ids = [self.device.index] if self.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=ids)
         return torch.compile(model) if self.config.compile else model
@@ -316,8 +328,7 @@ class _Run:
             batch = next(batches)
             inputs, targets = (t.to(self.device, non_blocking=True) for t in batch.values())
             self.rng[1] = (self.step * config.accumulate + micro) << 32
-            local = self.share.world_size > 1 and micro + 1 < config.accumulate
-            with self.forward.no_sync() if local else nullcontext():
+            with self._gradients_stay_local(micro + 1 < config.accumulate):
                 with _autocast(config, self.device):
                     loss = self.forward(inputs, targets, rng=self.rng)
                 (loss / config.accumulate).backward()
@@ -327,12 +338,22 @@ class _Run:
             norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.progress.units += self.task.units_per_batch * config.accumulate * self.share.world_size
         self.recent.add(self.step, total, norm)
         return lr
+
+    def _gradients_stay_local(self, local: bool) -> Any:
+        """Until the last of several batches there is nothing to exchange between processes."""
+        if self.config.shard:
+            self.model.set_requires_gradient_sync(not local)
+        elif local and self.share.world_size > 1:
+            return self.forward.no_sync()
+        return nullcontext()
 
     def _log_step(self, loss: float, norm: float, lr: float, seconds_per_step: float) -> None:
         self.progress.seconds = time.perf_counter() - self._started
@@ -352,11 +373,19 @@ class _Run:
     def _validate(self) -> None:
         """Measure the model, print and log it, and write a sample."""
         progress = self.progress
-        loss, accuracy = evaluate(self.task, self.config, self.share, self.device, self.screen)
+        # Processes that hold a part of the model each must all run it on every batch.
+        share = Share() if self.config.shard else self.share
+        loss, accuracy = evaluate(self.task, self.config, share, self.device, self.screen)
         if progress.val_loss_start is None:
             progress.val_loss_start = loss
         progress.val_loss, progress.val_accuracy = loss, accuracy
         progress.seconds = time.perf_counter() - self._started
+        if self.log is None and not self.config.shard:
+            return
+        self.model.eval()
+        with torch.no_grad(), _autocast(self.config, self.device):
+            text = self.task.sample(self.device)
+        self.model.train()
         if self.log is None:
             return
         shown = "" if accuracy is None else f" | val accuracy {accuracy:.2%}"
@@ -365,30 +394,29 @@ class _Run:
         )
         extra = {} if accuracy is None else {"val_accuracy": accuracy}
         self.log.row(step=self.step, val_loss=loss, **extra, seconds=progress.seconds)
-        self.model.eval()
-        with torch.no_grad(), _autocast(self.config, self.device):
-            text = self.task.sample(self.device)
-        self.model.train()
         self.log.sample(self.step, text)
         last = self.step >= self.config.steps
         for line in text.splitlines()[: 15 if last else 3]:
             self.screen.line(f"    {line[: self.screen.width - 4]}")
 
     def _save(self) -> None:
+        if self.share.rank > 0 and not self.config.shard:
+            return
+        tensors = checkpoint.collect(self.model, self.optimizer)
         if self.share.rank == 0:
             self.progress.seconds = time.perf_counter() - self._started
             folder = self.folder / "checkpoints"
             folder.mkdir(exist_ok=True)
-            tensors = checkpoint.collect(self.model, self.optimizer)
             checkpoint.save(folder, self.step, tensors, self.progress.__dict__)
 
     def _finish(self) -> dict[str, Any]:
         """Write the weights, the curves and the summary; tell where everything is."""
         summary = self._summary()
+        tensors = weights.tensors(self.model)
         if self.share.rank > 0:
             return summary
         path = self.folder / "model.safetensors"
-        checkpoint.write_tensors(path, weights.tensors(self.model), weights.header(self.model))
+        checkpoint.write_tensors(path, tensors, weights.header(self.model))
         curves = self.folder / "curves.png"
         plot_curves(self.folder / "log.csv", curves, self.config.preset)
         self.folder.write_json("summary.json", summary)

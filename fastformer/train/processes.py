@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from fastformer.train.config import RunError
+from fastformer.transformer import BERT, GPT, ViT
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,14 @@ def join_group(device: torch.device) -> Iterator[tuple[Share, torch.device]]:
         yield Share(dist.get_rank(), dist.get_world_size()), device
     finally:
         dist.destroy_process_group()
+
+
+def shard(model: BERT | GPT | ViT) -> None:
+    """Split every parameter over all processes (FSDP2): a block's are gathered while it runs."""
+    for block in model.transformer.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "hidden")
 
 
 class Interrupted(RunError):

@@ -75,24 +75,26 @@ class Log:
     def __init__(self, folder: RunFolder, columns: tuple[str, ...], first_step: int) -> None:
         self.path, self.columns = folder / "log.csv", columns
         self._samples = folder / "samples.txt"
-        self._drop_later_rows(first_step)
-        self._drop_later_samples(first_step)
+        # What an interrupted run logged after the checkpoint that is gone on from is forgotten; a
+        # run that starts at step 0, again or not, logs that step too.
+        kept = first_step if first_step > 0 else -1
+        self._drop_rows_after(kept)
+        self._drop_samples_after(kept)
         self._tensorboard = _tensorboard_writer(folder / "tensorboard", first_step)
 
-    def _drop_later_rows(self, first_step: int) -> None:
-        """Forget what an interrupted run logged after the checkpoint that is gone on from."""
+    def _drop_rows_after(self, step: int) -> None:
         rows = read_log(self.path) if self.path.exists() else []
         with naming_full_disk(self.path), open(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(row for row in rows if int(row["step"]) <= first_step)
+            writer.writerows(row for row in rows if int(row["step"]) <= step)
 
-    def _drop_later_samples(self, first_step: int) -> None:
+    def _drop_samples_after(self, step: int) -> None:
         if not self._samples.exists():
             return
         text = self._samples.read_text(encoding="utf-8")
         for match in re.finditer(_SAMPLE_HEADER.format(r"(\d+)"), text):
-            if int(match[1]) > first_step:
+            if int(match[1]) > step:
                 text = text[: match.start()]
                 break
         self._samples.write_text(text, encoding="utf-8")

@@ -72,9 +72,10 @@ def command(tmp_path: Path) -> Callable[..., Result]:
     """Run `fastformer ...` in a new process in an empty folder."""
     (tmp_path / "cwd").mkdir()
 
-    def run(args: list[str], **options: object) -> Result:
+    def run(args: list[str], module: str | None = "fastformer", **options: object) -> Result:
+        prefix = ["-m", module] if module else []
         return subprocess.run(
-            [sys.executable, "-m", "fastformer", *args],
+            [sys.executable, *prefix, *args],
             cwd=tmp_path / "cwd",
             env=ENVIRONMENT,
             capture_output=True,

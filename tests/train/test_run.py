@@ -9,7 +9,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,24 +159,39 @@ def test_weight_decay_spares_vectors() -> None:
     assert count == len(list(model.parameters()))
 
 
-def test_two_processes_train_as_one(text_file: Path, arguments: Arguments, tmp_path: Path) -> None:
-    """torchrun with batch 4 on each of two processes equals one process with batch 8."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    common = ["--steps", "5", "--lr", "0.01"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--master-port", str(20000 + os.getpid() % 20000), "-m", "fastformer"]
-    two = arguments("gpt", tmp_path / "two", *common, "--batch-size", "4")
-    result = subprocess.run([*launch, *two], env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    one = arguments("gpt", tmp_path / "one", *common)
-    command = [sys.executable, "-m", "fastformer", *one]
-    assert subprocess.run(command, env=env, capture_output=True).returncode == 0
+@pytest.mark.parametrize("more", [[], ["--shard"]], ids=["copied", "sharded"])
+def test_two_processes_train_as_one(
+    more: list[str], arguments: Arguments, command: Command, tmp_path: Path
+) -> None:
+    """torchrun with 2 batches of 4 on each of two processes equals one process with batch 16.
+
+    The two are stopped after step 3 and go on from their checkpoint.
+    """
+    common = ["--lr", "0.01", "--dropout", "0"]
+    two = arguments("gpt", tmp_path / "two", *common, "--accumulate", "2", *more, "--steps", "5")
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    launch += [str(20000 + os.getpid() % 20000), "-m", "fastformer", *two, "--batch-size", "4"]
+    for extra in (["--checkpoint-every", "3"], ["--resume"]):
+        result = command([*launch, *extra], module=None)
+        assert result.returncode == 0, result.stderr
+        newest = tmp_path / "two" / "checkpoints" / "step-00000005.safetensors"
+        if extra[0] != "--resume":
+            newest.unlink()
+    assert "going on from step 3" in result.stdout
+
+    one = arguments("gpt", tmp_path / "one", *common, "--accumulate", "2", "--steps", "5")
+    assert command(one).returncode == 0
     expected, found = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
     logs = [read_log(tmp_path / name / "log.csv") for name in ("one", "two")]
     losses = [[float(r["val_loss"]) for r in log if r["val_loss"]] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_shard_needs_processes(arguments: Arguments, command: Command, tmp_path: Path) -> None:
+    result = command(arguments("gpt", tmp_path / "run", "--shard"))
+    assert result.returncode == 2 and "--shard needs several processes" in result.stderr
 
 
 def test_bfloat16_and_compile_train(arguments: Arguments, command: Command, tmp_path: Path) -> None:
