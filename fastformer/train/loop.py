@@ -162,7 +162,7 @@ class _Run:
         self.config = config
         if stored is not None:
             self._announce_changes(stored)
-        self.task = self._build_task()
+        self.task = self._build_task(new=stored is None)
         if stored is not None and stored["data_sha256"] != self.task.data_sha256:
             raise RunError(
                 f"--resume: the data is not what the run in {folder.path} began with;"
@@ -200,20 +200,16 @@ class _Run:
         for change in check_resumable(before, self.config):
             self.screen.line(f"changed since the run began: {change}")
 
-    def _build_task(self) -> Task:
+    def _build_task(self, new: bool) -> Task:
         """Build the task; the leader goes first, as it makes the tokenizer that the others load."""
-        args = (self.kind, self.config, self.folder, self.share, self.screen)
-        if self.share.world_size == 1:
-            task = build_task(*args)
-            task.save(self.folder)
-            return task
-        if self.share.rank == 0:
-            task = build_task(*args)
-            task.save(self.folder)
+        if self.share.rank > 0:
             dist.barrier()
-            return task
-        dist.barrier()
-        return build_task(*args)
+        task = build_task(self.kind, self.config, self.folder, self.share, self.screen)
+        if self.share.rank == 0 and new:
+            task.save(self.folder)
+        if self.share.rank == 0 and self.share.world_size > 1:
+            dist.barrier()
+        return task
 
     def _restore(self) -> None:
         if not self.config.resume:
@@ -291,18 +287,19 @@ class _Run:
         with self.screen.bar("training", steps, start=self.step) as bar:
             mark, marked_step = time.perf_counter(), self.step
             while self.step < steps:
-                began = time.perf_counter()
                 lr = self._optimise(batches)
-                self.progress.training_seconds += time.perf_counter() - began
                 bar(self.step, steps)
-                last = self.step == steps
-                stopped = stop.agreed(self.share, self.device)
+                last, report = self.step == steps, self.step % config.log_every == 0
+                # Agreeing waits for the device: processes do it when they report, one always can.
+                alone = self.share.world_size == 1
+                stopped = stop.agreed(self.share, self.device) if alone or report else None
                 validate = last or self.step % config.eval_every == 0
                 save = last or self.step % config.checkpoint_every == 0 or stopped is not None
-                if self.step % config.log_every == 0 or validate or save:
+                if report or validate or save:
                     loss, norm = self.recent.drain()
-                    now = time.perf_counter()
-                    self._log_step(loss, norm, lr, (now - mark) / (self.step - marked_step))
+                    passed = time.perf_counter() - mark
+                    self.progress.training_seconds += passed
+                    self._log_step(loss, norm, lr, passed / (self.step - marked_step))
                 if validate and stopped is None:
                     self._validate()
                 if save:
