@@ -160,7 +160,7 @@ class ImageTrainConfig(TrainConfig):
 _RECIPES: dict[str, dict[str, Any]] = {
     "gpt-tiny": {"steps": 500, "batch_size": 32, "lr": 3e-3, "eval_every": 100},
     "bert-tiny": {"steps": 600, "batch_size": 64, "lr": 3e-3, "eval_every": 100},
-    "vit-digits": {"steps": 1200, "batch_size": 64, "lr": 2e-3, "eval_every": 200},
+    "vit-digits": {"steps": 1500, "batch_size": 64, "lr": 2e-3, "eval_every": 200},
     "vit-tiny": {"steps": 1000, "batch_size": 32, "lr": 1e-3, "eval_every": 200},
     "bert-7.7m": {"batch_size": 150, "lr": 1e-3},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -46,7 +47,11 @@ def join_group(device: torch.device) -> Iterator[tuple[Share, torch.device]]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Share(dist.get_rank(), dist.get_world_size()), device
+        dist.barrier()  # none leaves while another still needs it
     finally:
+        # A sharded model holds on to the group in reference cycles; freed after the group, at the
+        # end of the process, it can abort it.
+        gc.collect()
         dist.destroy_process_group()
 
 
