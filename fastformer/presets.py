@@ -1,4 +1,4 @@
-"""Named models: small ones for a CPU, the published sizes, and four of the size courses train."""
+"""Named models: small ones for a CPU, the published sizes, and four that courses train."""
 
 from __future__ import annotations
 

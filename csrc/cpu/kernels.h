@@ -16,9 +16,8 @@ struct Kernels {
                        uint64_t stream, uint32_t threshold);
 };
 
-// The table for this machine's best instruction set, or the one FASTFORMER_CPU_ISA names. Null,
-// with
-// `*error` set to the reason, when the variable names none that this machine can run.
+// The table for this machine's best instruction set, or the one FASTFORMER_CPU_ISA names. Null when
+// the variable names none that this machine can run; `*error` is then the reason.
 const Kernels *select_kernels(const char **error);
 
 } // namespace fastformer::cpu
