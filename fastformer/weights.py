@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fastformer.presets import MODELS
 from fastformer.transformer import BERT, GPT, ImageConfig, TextConfig, ViT
@@ -28,16 +27,9 @@ def header(model: BERT | GPT | ViT) -> dict[str, str]:
     return {"format": "pt", _KEY: json.dumps({"kind": kind, "config": values})}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, gathered from all processes if it is split over them."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.detach().cpu().contiguous()
-
-
 def tensors(model: BERT | GPT | ViT) -> dict[str, Tensor]:
     """The parameters by name on the CPU, those that two names share once."""
-    return {name: whole(p) for name, p in model.named_parameters()}
+    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
 
 
 def save_model(model: BERT | GPT | ViT, path: str | Path) -> None:

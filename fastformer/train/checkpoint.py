@@ -23,10 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastformer.train.config import RunError
-from fastformer.weights import whole
+from fastformer.train.shards import spread, whole
 
 KEEP = 3
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
@@ -82,13 +81,6 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     return tensors
 
 
-def _spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor, split over the processes in the way that `like` is."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
 def restore(
     tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, path: Path
 ) -> None:
@@ -101,7 +93,7 @@ def restore(
         raise RunError(f"{path} holds another model: {different[0]} does not fit")
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(_spread(tensors[name], parameter))
+            parameter.copy_(spread(tensors[name], parameter))
     # load_state_dict numbers parameters in the order of the groups, and moves state where it
     # belongs.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -111,7 +103,7 @@ def restore(
         name = names[id(parameter)]
         prefix = f"optimizer/{name}/"
         found_state = {
-            key.removeprefix(prefix): _spread(value, parameter)
+            key.removeprefix(prefix): spread(value, parameter)
             for key, value in tensors.items()
             if key.startswith(prefix)
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
@@ -211,9 +211,6 @@ def default_config(kind: Kind, preset: str) -> TrainConfig:
         )
     assert isinstance(model, ImageConfig)
     return ImageTrainConfig(image_size=model.image_size, patch_size=model.patch_size, **settings)
-
-
-ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

@@ -38,9 +38,9 @@ from fastformer.train.processes import (
     StopRequest,
     ignore_interrupt,
     join_group,
-    shard,
 )
 from fastformer.train.report import Log, Screen, duration, plot_curves
+from fastformer.train.shards import shard, whole
 from fastformer.train.tasks import Task, Totals, build_task
 
 
@@ -409,7 +409,7 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         """Write the weights, the curves and the summary; tell where everything is."""
         summary = self._summary()
-        tensors = weights.tensors(self.model)
+        tensors = {name: whole(p) for name, p in self.model.named_parameters()}
         if self.share.rank > 0:
             return summary
         path = self.folder / "model.safetensors"

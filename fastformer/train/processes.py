@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from fastformer.train.config import RunError
-from fastformer.transformer import BERT, GPT, ViT
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,6 @@ def join_group(device: torch.device) -> Iterator[tuple[Share, torch.device]]:
         # end of the process, it can abort it.
         gc.collect()
         dist.destroy_process_group()
-
-
-def shard(model: BERT | GPT | ViT) -> None:
-    """Split every parameter over all processes (FSDP2): a block's are gathered while it runs."""
-    for block in model.transformer.blocks:
-        fully_shard(block)
-    fully_shard(model)
-    register_fsdp_forward_method(model, "hidden")
 
 
 class Interrupted(RunError):

@@ -64,6 +64,12 @@ def arguments(text_file: Path) -> Callable[..., list[str]]:
     return build
 
 
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """Variables of every process that a test starts."""
+    return ENVIRONMENT
+
+
 Result = subprocess.CompletedProcess[str]
 
 

@@ -143,11 +143,14 @@ def test_a_folder_with_a_run_is_not_overwritten(
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_folder_in_use_is_refused(arguments: Arguments, command: Command, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused(
+    arguments: Arguments, command: Command, environment: dict[str, str], tmp_path: Path
+) -> None:
     args = arguments("gpt", tmp_path / "run", "--steps", 100000)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipe = subprocess.PIPE
-    first = subprocess.Popen([sys.executable, "-m", "fastformer", *args], stdout=pipe, env=env)
+    first = subprocess.Popen(
+        [sys.executable, "-m", "fastformer", *args], stdout=pipe, env=environment
+    )
     try:
         assert first.stdout is not None
         while b"step " not in first.stdout.readline():

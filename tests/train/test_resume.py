@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
@@ -38,11 +37,6 @@ def _kill_at(args: list[str], step: int, number: int, cwd: Path, env: dict[str, 
             break
     process.stdout.read()
     return process.wait(timeout=120)
-
-
-@pytest.fixture
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
