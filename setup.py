@@ -38,7 +38,9 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 MIN_TORCH = (2, 11)
 
-CPU_OPS = ["dropout"]
+CPU_OPS = ["dropout", "layer_norm", "linear", "mlp", "linear_cross_entropy"]
+CPU_OPS += ["attention_fwd", "attention_bwd", "adamw"]
+BINDINGS = ["dropout"]
 CUDA_SOURCES = ["runtime", "dropout"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -49,7 +51,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 CXX_FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # g++ 12 warns without cause inside its own AVX-512 headers.
-CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", f"-I{CSRC}"]
+CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi", f"-I{CSRC}"]
 CXX_FLAGS += [f"-ffile-prefix-map={ROOT}/="]  # error messages name csrc/..., not the build machine
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", f"-I{CSRC}", "-Xcompiler"]
 NVCC_FLAGS += ["-fPIC,-fvisibility=hidden,-Wall"]
@@ -220,7 +222,9 @@ class BuildExt(build_ext):
 
         target = "0x{:02x}{:02x}000000000000".format(*MIN_TORCH)
         stable = [f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch / 'include'}"]
-        yield step("bindings.cpp", [*stable, *(["-DFASTFORMER_WITH_CUDA"] if archs else [])])
+        stable += ["-DFASTFORMER_WITH_CUDA"] if archs else []
+        for source in ["bindings.cpp", *(f"ops/{op}.cpp" for op in BINDINGS)]:
+            yield step(source, stable)
         facts = {
             "VERSION": self.distribution.get_version(),
             "SOURCE": runpy.run_path(str(ROOT / "fastformer/_checkout.py"))["source_hash"](ROOT),

@@ -4,16 +4,26 @@
 // its kernels go to. Such a source keeps its helpers in an anonymous namespace and uses no STL: the
 // linker would keep one copy of an inline function for all of them, perhaps the AVX-512 one.
 #pragma once
-#include <cstdint>
+#include "cpu/adamw.h"
+#include "cpu/attention.h"
+#include "cpu/dropout.h"
+#include "cpu/layer_norm.h"
+#include "cpu/linear.h"
+#include "cpu/linear_cross_entropy.h"
+#include "cpu/mlp.h"
 
 namespace fastformer::cpu {
 
 struct Kernels {
   const char *isa;
-  // Fills the draws [begin, end) of a (rows, cols) mask, counted row by row, ceil(cols / 8) in a
-  // row; each draw makes eight neighbouring elements. `stream` is offset + site.
-  void (*dropout_mask)(bool *keep, int64_t begin, int64_t end, int64_t cols, uint64_t seed,
-                       uint64_t stream, uint32_t threshold);
+  const DropoutKernels *dropout;
+  const LayerNormKernels *layer_norm;
+  const LinearKernels *linear;
+  const MlpKernels *mlp;
+  const LinearCrossEntropyKernels *linear_cross_entropy;
+  const AttentionForwardKernels *attention_fwd;
+  const AttentionBackwardKernels *attention_bwd;
+  const AdamwKernels *adamw;
 };
 
 // The table for this machine's best instruction set, or the one FASTFORMER_CPU_ISA names. Null when

@@ -8,9 +8,24 @@ namespace fastformer::cpu {
 
 #define FASTFORMER_KERNELS(ISA)                                                                    \
   namespace isa_##ISA {                                                                            \
-    void dropout_mask(bool *, int64_t, int64_t, int64_t, uint64_t, uint64_t, uint32_t);            \
+    extern const DropoutKernels dropout_kernels;                                                   \
+    extern const LayerNormKernels layer_norm_kernels;                                              \
+    extern const LinearKernels linear_kernels;                                                     \
+    extern const MlpKernels mlp_kernels;                                                           \
+    extern const LinearCrossEntropyKernels linear_cross_entropy_kernels;                           \
+    extern const AttentionForwardKernels attention_fwd_kernels;                                    \
+    extern const AttentionBackwardKernels attention_bwd_kernels;                                   \
+    extern const AdamwKernels adamw_kernels;                                                       \
   }                                                                                                \
-  static const Kernels kernels_##ISA = {#ISA, isa_##ISA::dropout_mask};
+  static const Kernels kernels_##ISA = {#ISA,                                                      \
+                                        &isa_##ISA::dropout_kernels,                               \
+                                        &isa_##ISA::layer_norm_kernels,                            \
+                                        &isa_##ISA::linear_kernels,                                \
+                                        &isa_##ISA::mlp_kernels,                                   \
+                                        &isa_##ISA::linear_cross_entropy_kernels,                  \
+                                        &isa_##ISA::attention_fwd_kernels,                         \
+                                        &isa_##ISA::attention_bwd_kernels,                         \
+                                        &isa_##ISA::adamw_kernels};
 
 FASTFORMER_KERNELS(default)
 #if defined(__x86_64__)

@@ -1,0 +1,11 @@
+#pragma once
+#include "cpu/bf16.h"
+#include "cpu/dropout.h"
+
+#include <cstdint>
+
+namespace fastformer::cpu {
+
+struct LayerNormKernels {};
+
+} // namespace fastformer::cpu
