@@ -54,24 +54,28 @@ dispatch.define(
     " -> (Tensor, Tensor)",
     reference=reference.attention_fwd,
     fake=_fwd_fake,
+    native=("cpu",),
 )
 dispatch.define(
     "attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" Tensor? key_lengths, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.attention_bwd,
     fake=_bwd_fake,
+    native=("cpu",),
 )
 dispatch.define(
     f"attention_varlen_fwd(Tensor q, Tensor k, Tensor v, {_LENGTHS}, {_SETTINGS})"
     " -> (Tensor, Tensor)",
     reference=reference.attention_varlen_fwd,
     fake=_varlen_fwd_fake,
+    native=("cpu",),
 )
 dispatch.define(
     "attention_varlen_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" {_LENGTHS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.attention_varlen_bwd,
     fake=_bwd_fake,
+    native=("cpu",),
 )
 
 
