@@ -119,7 +119,19 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend within `x` (B, T, C) and to what `cache` holds; return (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).unbind(2)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
+        dropout_p = self.dropout if self.training else 0.0
+        if cache is None and self.project_k is None:
+            out = ops.attention_qkvpacked(
+                qkv,
+                causal=self.causal,
+                dropout_p=dropout_p,
+                key_lengths=key_lengths,
+                rng=rng,
+                site=self.site,
+            )
+            return self.out(out.reshape(B, T, C))
+        q, k, v = qkv.unbind(2)
         if cache is not None:
             k, v = cache.append(k, v)
         if self.project_k is not None and self.project_v is not None:
@@ -132,7 +144,7 @@ class Attention(nn.Module):
             k,
             v,
             causal=self.causal,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout_p,
             key_lengths=key_lengths,
             rng=rng,
             site=self.site,

@@ -64,23 +64,23 @@ template <class T> FASTFORMER_INLINE Vec weight_of(Vec x) {
 }
 template <class T> constexpr float kLseUnit = sizeof(T) == 2 ? kLog2e : 1.0f;
 
-// lse in the base of weight_of of a block of queries, and delta = sum(grad * out), which equals the
-// sum of weights times their gradients. It is summed in the order of the products with v, so that a
-// query with one key gets a gradient of exactly 0.
-template <class T>
-void row_statistics(const AttentionArgs &args, const Head &head, const Tile &tile,
-                    const Buffers<T> &b) {
-  const float *lse = head.lse(args) + tile.q0;
+// lse of a block of queries, in the base of weight_of.
+template <class T> void load_lse(const float *lse, const Tile &tile, const Buffers<T> &b) {
   for (int64_t i = 0; i < tile.width; ++i) {
     // A query that sees nothing has -inf; all its weights are masked.
     const bool real = i < tile.queries && lse[i] > -1e38f;
     b.lse[i] = real ? lse[i] * kLseUnit<T> : 0.0f;
   }
-  const T *out = head.at<const T>(args.saved_out, head.first_q + tile.q0);
-  pack_columns(out, args.saved_out.token_stride, tile.queries, args.D, 1.0f, b.out, tile.width);
+}
+
+// delta = sum(grad * out), which equals the sum of weights times their gradients. It is summed in
+// the order of the products with v, so that a query with one key gets a gradient of exactly 0.
+template <class T>
+void sum_delta(const T *out, int64_t stride, int64_t D, const Tile &tile, const Buffers<T> &b) {
+  pack_columns(out, stride, tile.queries, D, 1.0f, b.out, tile.width);
   for (int64_t i = 0; i < tile.width; i += kLanes) {
     Vec delta = zero();
-    for (int64_t u = 0; u < args.D / kPerUnit<Unit<T>>; ++u)
+    for (int64_t u = 0; u < D / kPerUnit<Unit<T>>; ++u)
       delta = multiply_add(delta, load_units(b.grad + u * tile.width + i),
                            load_units(b.out + u * tile.width + i));
     store(b.delta + i, delta);
@@ -113,7 +113,7 @@ void differentiate_vector(const AttentionArgs &args, const Head &head, const Til
     const Vec p = weight_of<T>(fma(load(s + key * width), f, -lse));
     return key < whole ? p : keep_where(tile.sees(v, key), p);
   };
-  Vec delta = load(b.delta + at);
+  Vec delta;
   if (all_keys) {
     Vec sums[2] = {zero(), zero()}, weights[2] = {zero(), zero()};
     for (int64_t j = 0; j < seen; ++j) {
@@ -127,6 +127,8 @@ void differentiate_vector(const AttentionArgs &args, const Head &head, const Til
     }
     // The weights add up to 1 but for the rounding of lse, which must not look like a gradient.
     delta = (sums[0] + sums[1]) / max(weights[0] + weights[1], splat(1e-30f));
+  } else {
+    delta = load(b.delta + at);
   }
   const auto one = [&](int64_t key, Vec &p, Vec &ds) {
     p = all_keys ? load(s + key * width) : weight(key);
@@ -249,7 +251,11 @@ template <class T> void run(const AttentionArgs &args, int64_t task, void *memor
     }
     pack_columns(q_src, args.q.token_stride, tile.queries, args.D, exponent.sign, b.q, tile.width);
     pack_columns(grad_src, args.grad.token_stride, tile.queries, args.D, 1.0f, b.grad, tile.width);
-    row_statistics(args, head, tile, b);
+    load_lse(head.lse(args) + q0, tile, b);
+    const bool all_keys = end <= kKeys;
+    if (!all_keys)
+      sum_delta(head.at<const T>(args.saved_out, token), args.saved_out.token_stride, args.D, tile,
+                b);
     pack_rows(q_src, args.q.token_stride, tile.queries, args.D, b.q_rows, columns);
     pack_rows(grad_src, args.grad.token_stride, tile.queries, args.D, b.grad_rows, columns);
     for (tile.k0 = 0; tile.k0 < end; tile.k0 += kKeys) {
@@ -258,9 +264,9 @@ template <class T> void run(const AttentionArgs &args, int64_t task, void *memor
       multiply_tile_rows(tile, v + tile.k0 * v_row, v_row, b.grad, units, b.dp);
       for (int64_t i = 0; i < tile.vectors; ++i)
         if (args.dropout.threshold != 0)
-          differentiate_vector<T, true>(args, head, tile, i, factor, end <= kKeys, b);
+          differentiate_vector<T, true>(args, head, tile, i, factor, all_keys, b);
         else
-          differentiate_vector<T, false>(args, head, tile, i, factor, end <= kKeys, b);
+          differentiate_vector<T, false>(args, head, tile, i, factor, all_keys, b);
       const U *p, *ds, *ds_by_query;
       if constexpr (kInPairs<T>) {
         p = reinterpret_cast<const U *>(b.p), ds = reinterpret_cast<const U *>(b.ds);

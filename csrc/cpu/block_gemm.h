@@ -144,40 +144,16 @@ template <class U> void multiply(Product<U> p, int64_t rows, int64_t vectors) {
 //
 // `rows` rows of D elements of T, `stride` apart. Padding is zero, so that it may be multiplied.
 
-// out[unit][row]: the rows become columns. `width`, a multiple of kLanes, is the length of out's
-// rows.
-template <class T>
-void pack_columns(const T *src, int64_t stride, int64_t rows, int64_t D, float factor, float *out,
-                  int64_t width) {
-  for (int64_t d = 0; d < D; ++d)
-    for (int64_t i = rows; i < width; ++i)
-      out[d * width + i] = 0.0f;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t d = 0; d < D; ++d)
-      out[d * width + i] = factor * to_float(src[i * stride + d]);
-}
-
-// out[row][element], padded to `width` elements.
-template <class T>
-void pack_rows(const T *src, int64_t stride, int64_t rows, int64_t D, float *out, int64_t width) {
-  for (int64_t i = 0; i < rows; ++i, src += stride, out += width) {
-    int64_t d = 0;
-    for (; d + kLanes <= D; d += kLanes)
-      store(out + d, load(src + d));
-    if (d < D)
-      store(out + d, load(src + d, D - d));
-  }
-}
-
-#if defined(__AVX512BF16__)
-
-// Transposes 16 x 16 units; rows and columns that are not there are zero.
-inline void transpose_units(const bf16 *src, int64_t stride, int rows, int units, Pair *out,
+#if defined(__AVX512BW__)
+// Transposes 16 x 16 units of 32 bits; rows and columns that are not there are zero.
+inline void transpose_units(const void *src, int64_t row_bytes, int rows, int units, void *out,
                             int64_t width) {
   const __mmask16 columns = static_cast<__mmask16>((1u << units) - 1);
   __m512i r[16], t[16];
   for (int i = 0; i < 16; ++i)
-    r[i] = i < rows ? _mm512_maskz_loadu_epi32(columns, src + i * stride) : _mm512_setzero_si512();
+    r[i] = i < rows
+               ? _mm512_maskz_loadu_epi32(columns, static_cast<const char *>(src) + i * row_bytes)
+               : _mm512_setzero_si512();
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -201,20 +177,63 @@ inline void transpose_units(const bf16 *src, int64_t stride, int rows, int units
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
   for (int i = 0; i < units; ++i)
-    _mm512_storeu_si512(out + i * width, r[i]);
+    _mm512_storeu_si512(static_cast<uint32_t *>(out) + i * width, r[i]);
 }
+
+// out[unit][row]: the rows become columns. `width`, a multiple of kLanes, is the length of out's
+// rows, and `factor` is 1, -1 or 0.
+template <class U, class T>
+void pack_columns_exact(const T *src, int64_t stride, int64_t rows, int64_t units, U *out,
+                        int64_t width) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const int present = static_cast<int>(rows - i < 0 ? 0 : rows - i < 16 ? rows - i : 16);
+    for (int64_t u = 0; u < units; u += 16)
+      transpose_units(src + i * stride + u * kPerUnit<U>, stride * static_cast<int64_t>(sizeof(T)),
+                      present, static_cast<int>(units - u < 16 ? units - u : 16),
+                      out + u * width + i, width);
+  }
+}
+#endif
+
+template <class T>
+void pack_columns(const T *src, int64_t stride, int64_t rows, int64_t D, float factor, float *out,
+                  int64_t width) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    pack_columns_exact(src, stride, rows, D, out, width);
+    if (factor != 1.0f)
+      for (int64_t i = 0; i < D * width; i += kLanes)
+        store(out + i, load(out + i) * factor);
+    return;
+  }
+#endif
+  for (int64_t d = 0; d < D; ++d)
+    for (int64_t i = rows; i < width; ++i)
+      out[d * width + i] = 0.0f;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < D; ++d)
+      out[d * width + i] = factor * to_float(src[i * stride + d]);
+}
+
+// out[row][element], padded to `width` elements.
+template <class T>
+void pack_rows(const T *src, int64_t stride, int64_t rows, int64_t D, float *out, int64_t width) {
+  for (int64_t i = 0; i < rows; ++i, src += stride, out += width) {
+    int64_t d = 0;
+    for (; d + kLanes <= D; d += kLanes)
+      store(out + d, load(src + d));
+    if (d < D)
+      store(out + d, load(src + d, D - d));
+  }
+}
+
+#if defined(__AVX512BF16__)
 
 inline void pack_columns(const bf16 *src, int64_t stride, int64_t rows, int64_t D, float factor,
                          Pair *out, int64_t width) {
-  const int units = static_cast<int>(D / 2);
-  for (int64_t i = 0; i < width; i += 16) {
-    const int present = static_cast<int>(rows - i < 0 ? 0 : rows - i < 16 ? rows - i : 16);
-    for (int u = 0; u < units; u += 16)
-      transpose_units(src + i * stride + 2 * u, stride, present, units - u < 16 ? units - u : 16,
-                      out + u * width + i, width);
-  }
-  if (factor != 1.0f) // only ever 0 or -1, exact in any precision
-    for (int64_t i = 0; i < units * width; ++i) {
+  pack_columns_exact(src, stride, rows, D / 2, out, width);
+  if (factor != 1.0f)
+    for (int64_t i = 0; i < D / 2 * width; ++i) {
       from_float(&out[i].low, factor * to_float(out[i].low));
       from_float(&out[i].high, factor * to_float(out[i].high));
     }

@@ -216,6 +216,24 @@ Backward three_gradients(const AttentionArgs &args, const char *op, const Tensor
   return {grad_q, grad_k, grad_v};
 }
 
+// Gradients of views of one packed projection (..., 3, H, D), written into one tensor of its shape.
+Tensor packed_gradient(const AttentionArgs &args, const char *op, const Tensor &grad_out,
+                       const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &out,
+                       const Tensor &lse, const Tensor &qkv) {
+  Tensor grad = torch::stable::empty(qkv.sizes(), qkv.scalar_type());
+  const int64_t at = grad.dim() - 3;
+  backward(args, op, grad_out, q, k, v, out, lse,
+           operand<void *>(torch::stable::select(grad, at, 0)),
+           operand<void *>(torch::stable::select(grad, at, 1)),
+           operand<void *>(torch::stable::select(grad, at, 2)));
+  return grad;
+}
+
+void check_packed(const char *op, const Tensor &qkv, int dims) {
+  STD_TORCH_CHECK(qkv.dim() == dims && qkv.size(dims - 3) == 3, op, ": qkv must have ", dims,
+                  " dimensions, (", dims == 5 ? "B, " : "", "tokens, 3, H, D)");
+}
+
 Forward attention_fwd(const Tensor &q, const Tensor &k, const Tensor &v,
                       const std::optional<Tensor> &key_lengths, bool causal, double scale,
                       double dropout_p, const std::optional<Tensor> &rng, int64_t site) {
@@ -231,6 +249,19 @@ Backward attention_bwd(const Tensor &grad_out, const Tensor &q, const Tensor &k,
   const Settings settings{causal, scale, dropout_p, rng, site};
   return three_gradients(padded(op, q, k, v, key_lengths, settings), op, grad_out, q, k, v, out,
                          lse);
+}
+
+Tensor attention_qkvpacked_bwd(const Tensor &grad_out, const Tensor &qkv, const Tensor &out,
+                               const Tensor &lse, const std::optional<Tensor> &key_lengths,
+                               bool causal, double scale, double dropout_p,
+                               const std::optional<Tensor> &rng, int64_t site) {
+  const char *op = "attention_qkvpacked_bwd";
+  check_packed(op, qkv, 5);
+  const Tensor q = torch::stable::select(qkv, 2, 0), k = torch::stable::select(qkv, 2, 1),
+               v = torch::stable::select(qkv, 2, 2);
+  const Settings settings{causal, scale, dropout_p, rng, site};
+  return packed_gradient(padded(op, q, k, v, key_lengths, settings), op, grad_out, q, k, v, out,
+                         lse, qkv);
 }
 
 Forward attention_varlen_fwd(const Tensor &q, const Tensor &k, const Tensor &v,
@@ -253,11 +284,26 @@ Backward attention_varlen_bwd(const Tensor &grad_out, const Tensor &q, const Ten
                          k, v, out, lse);
 }
 
+Tensor attention_varlen_qkvpacked_bwd(const Tensor &grad_out, const Tensor &qkv, const Tensor &out,
+                                      const Tensor &lse, const Tensor &cu_seqlens, int64_t,
+                                      bool causal, double scale, double dropout_p,
+                                      const std::optional<Tensor> &rng, int64_t site) {
+  const char *op = "attention_varlen_qkvpacked_bwd";
+  check_packed(op, qkv, 4);
+  const Tensor q = torch::stable::select(qkv, 1, 0), k = torch::stable::select(qkv, 1, 1),
+               v = torch::stable::select(qkv, 1, 2);
+  const Settings settings{causal, scale, dropout_p, rng, site};
+  return packed_gradient(packed(op, q, k, v, cu_seqlens, cu_seqlens, settings), op, grad_out, q, k,
+                         v, out, lse, qkv);
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
   m.impl("attention_fwd.cpu", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd.cpu", TORCH_BOX(&attention_bwd));
+  m.impl("attention_qkvpacked_bwd.cpu", TORCH_BOX(&attention_qkvpacked_bwd));
+  m.impl("attention_varlen_qkvpacked_bwd.cpu", TORCH_BOX(&attention_varlen_qkvpacked_bwd));
   m.impl("attention_varlen_fwd.cpu", TORCH_BOX(&attention_varlen_fwd));
   m.impl("attention_varlen_bwd.cpu", TORCH_BOX(&attention_varlen_bwd));
 }

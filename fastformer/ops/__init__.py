@@ -1,6 +1,7 @@
 """The ops: public functions with checks, autograd and autocast, over kernels of every backend."""
 
-from fastformer.ops.attention import attention, attention_varlen
+from fastformer.ops.attention import attention, attention_qkvpacked
+from fastformer.ops.attention_varlen import attention_varlen, attention_varlen_qkvpacked
 from fastformer.ops.dispatch import backend, explain
 from fastformer.ops.dropout import dropout, dropout_mask
 from fastformer.ops.layer_norm import add_layer_norm, layer_norm
@@ -10,7 +11,9 @@ from fastformer.ops.mlp import mlp
 __all__ = [
     "add_layer_norm",
     "attention",
+    "attention_qkvpacked",
     "attention_varlen",
+    "attention_varlen_qkvpacked",
     "backend",
     "dropout",
     "dropout_mask",

@@ -34,6 +34,8 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "dropout_mask": ("cpu", "reference"),
         "attention_fwd": ("cpu", "reference"),
         "attention_bwd": ("cpu", "reference"),
+        "attention_qkvpacked_bwd": ("cpu", "reference"),
+        "attention_varlen_qkvpacked_bwd": ("cpu", "reference"),
         "attention_varlen_fwd": ("cpu", "reference"),
         "attention_varlen_bwd": ("cpu", "reference"),
     },
@@ -133,10 +135,10 @@ def _refuse_native(op: str, key: str) -> Callable[..., str | None]:
     def refuse(*args: Any) -> str | None:
         if _device_type(args) != key:
             return f"it takes {key} tensors, these are on {_device_type(args)}"
-        for arg in args if key == "cpu" else ():
-            if isinstance(arg, torch.Tensor) and arg.is_floating_point():
-                if arg.dtype not in (torch.float32, torch.bfloat16):
-                    return f"it takes float32 and bfloat16, got {arg.dtype}"
+        if key == "cpu":
+            for t in args:
+                if isinstance(t, torch.Tensor) and t.dtype in (torch.float16, torch.float64):
+                    return f"it takes float32 and bfloat16, got {t.dtype}"
         if _library.WHY_NOT is not None:
             return _library.WHY_NOT
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key):

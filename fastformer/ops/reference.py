@@ -11,6 +11,8 @@ N rows (all leading dimensions flattened).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -187,6 +189,14 @@ def attention_bwd(
     return _attend_backward(grad_out, q, k, v, lse, visible, scale, keep, dropout_p)
 
 
+def attention_qkvpacked_bwd(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *settings: Any
+) -> Tensor:
+    """The gradient of qkv (B, T, 3, H, D), whose parts are the q, k and v of attention_bwd."""
+    q, k, v = qkv.unbind(2)
+    return torch.stack(attention_bwd(grad_out, q, k, v, out, lse, *settings), dim=2)
+
+
 class _Packing:
     """Moves packed sequences (N, ...) to padded ones (sequences, longest, ...) and back, without a
     host synchronisation: the longest lengths come from the caller."""
@@ -276,6 +286,23 @@ def attention_varlen_bwd(
     padded_lse = queries.pad(lse.t()).transpose(1, 2)
     grad_q, grad_k, grad_v = _attend_backward(*padded, padded_lse, visible, scale, keep, dropout_p)
     return queries.unpad(grad_q), keys.unpad(grad_k), keys.unpad(grad_v)
+
+
+def attention_varlen_qkvpacked_bwd(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *settings: Any,
+) -> Tensor:
+    """The gradient of qkv (N, 3, H, D)."""
+    q, k, v = qkv.unbind(1)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return torch.stack(
+        attention_varlen_bwd(grad_out, q, k, v, out, lse, *lengths, *settings), dim=1
+    )
 
 
 # ---- layer norm ----

@@ -5,7 +5,12 @@ import itertools
 import pytest
 import torch
 
-from fastformer.ops import attention, attention_varlen, dropout_mask
+from fastformer.ops import (
+    attention,
+    attention_varlen,
+    attention_varlen_qkvpacked,
+    dropout_mask,
+)
 
 OP = "attention_varlen"
 dtypes = pytest.mark.parametrize(
@@ -161,3 +166,25 @@ def test_a_second_derivative_is_an_error(backend):
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@directions
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_packed_projection_gives_the_bits_of_its_parts(backend, dropout_p, causal):
+    qkv = torch.randn(21, 3, 2, 16, device=backend, requires_grad=True)
+    starts = cumulative([5, 0, 16], backend)
+    rng = torch.tensor([7, 8], device=backend)
+    options = {"causal": causal, "dropout_p": dropout_p, "rng": rng}
+    grad_out = torch.randn(21, 2, 16, device=backend)
+    out = attention_varlen_qkvpacked(qkv, starts, 16, **options)
+    (grad,) = torch.autograd.grad(out, qkv, grad_out)
+    expected = attention_varlen(*qkv.unbind(1), starts, starts, 16, 16, **options)
+    (expected_grad,) = torch.autograd.grad(expected, qkv, grad_out)
+    assert torch.equal(out, expected) and torch.equal(grad, expected_grad)
+
+
+def test_packed_projection_of_another_shape_is_refused(refuses):
+    starts = cumulative([5], "cpu")
+    for shape in ((5, 2, 3, 8), (2, 5, 3, 2, 8)):
+        words = ("(N, 3, H, D)", str(shape))
+        refuses(ValueError, words, attention_varlen_qkvpacked, torch.randn(shape), starts, 5)

@@ -221,12 +221,19 @@ def raw_calls():
             yield "attention_fwd", (q, k, v, key_lengths, *settings)
             out, lse = torch.ops.fastformer.attention_fwd.default(q, k, v, key_lengths, *settings)
             yield "attention_bwd", (out, q, k, v, out, lse, key_lengths, *settings)
+        packed = torch.stack((q, q, q), 2)
+        for key_lengths, settings in ((None, plain), (lengths, dropping)):
+            out, lse = torch.ops.fastformer.attention_fwd.default(q, q, q, key_lengths, *settings)
+            saved = (out, packed, out, lse, key_lengths, *settings)
+            yield "attention_qkvpacked_bwd", saved
         q, k, v = (torch.randn(8, 2, 16).to(dtype) for _ in range(3))
         for settings in (plain, dropping):
             varlen = (SEQUENCES, SEQUENCES, 5, 6, *settings)
             yield "attention_varlen_fwd", (q, k, v, *varlen)
             out, lse = torch.ops.fastformer.attention_varlen_fwd.default(q, k, v, *varlen)
             yield "attention_varlen_bwd", (out, q, k, v, out, lse, *varlen)
+            saved = (out, torch.stack((q, k, v), 1), out, lse, SEQUENCES, 6, *settings)
+            yield "attention_varlen_qkvpacked_bwd", saved
 
         x, residual = torch.randn(2, 3, 8).to(dtype), torch.randn(2, 3, 8)
         weight, bias = torch.randn(8), torch.randn(8)
