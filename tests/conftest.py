@@ -20,8 +20,8 @@ REFERENCE = (("reference", "cpu"), ("reference", "cuda"))
 BACKENDS = {
     "attention": (*REFERENCE, ("cpu", "cpu")),
     "attention_varlen": (*REFERENCE, ("cpu", "cpu")),
-    "layer_norm": REFERENCE,
-    "mlp": REFERENCE,
+    "layer_norm": (*REFERENCE, ("cpu", "cpu")),
+    "mlp": (*REFERENCE, ("cpu", "cpu")),
     "linear_cross_entropy": REFERENCE,
     "dropout": (*REFERENCE, ("cpu", "cpu"), ("cuda", "cuda")),
 }

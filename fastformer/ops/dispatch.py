@@ -38,6 +38,12 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "attention_varlen_qkvpacked_bwd": ("cpu", "reference"),
         "attention_varlen_fwd": ("cpu", "reference"),
         "attention_varlen_bwd": ("cpu", "reference"),
+        "layer_norm_fwd": ("cpu", "reference"),
+        "layer_norm_bwd": ("cpu", "reference"),
+        "add_layer_norm_fwd": ("cpu", "reference"),
+        "add_layer_norm_bwd": ("cpu", "reference"),
+        "mlp_fwd": ("cpu", "reference"),
+        "mlp_bwd": ("cpu", "reference"),
     },
     "cuda": {
         # "cuda" joins this row when it has passed its tests on a GPU.
@@ -138,7 +144,7 @@ def _refuse_native(op: str, key: str) -> Callable[..., str | None]:
         if key == "cpu":
             for t in args:
                 if isinstance(t, torch.Tensor) and t.dtype in (torch.float16, torch.float64):
-                    return f"it takes float32 and bfloat16, got {t.dtype}"
+                    return f"it takes float32 and bfloat16, got {str(t.dtype)[6:]}"
         if _library.WHY_NOT is not None:
             return _library.WHY_NOT
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key):
