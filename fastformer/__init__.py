@@ -23,6 +23,7 @@ from fastformer.ops import (
     dropout,
     explain,
     layer_norm,
+    linear,
     linear_cross_entropy,
     mlp,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "explain",
     "from_preset",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "load_model",
     "load_pretrained",

@@ -21,6 +21,7 @@ BACKENDS = {
     "attention": REFERENCE,
     "attention_varlen": REFERENCE,
     "layer_norm": REFERENCE,
+    "linear": (*REFERENCE, ("cpu", "cpu")),
     "mlp": REFERENCE,
     "linear_cross_entropy": REFERENCE,
     "dropout": (*REFERENCE, ("cpu", "cpu"), ("cuda", "cuda")),
@@ -58,6 +59,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs an NVIDIA GPU and a CUDA build of torch")
         if name in ("cpu", "cuda") and _library.WHY_NOT is not None:
             pytest.skip(_library.WHY_NOT)
+        # The mask of dropout has no dtype; all other CPU kernels take two.
+        if name == "cpu" and item.module.OP != "dropout":
+            dtype = item.callspec.params.get("dtype", torch.float32)
+            if dtype not in (torch.float32, torch.bfloat16) or "gradcheck" in item.name:
+                pytest.skip("the CPU kernels take float32 and bfloat16")
 
 
 @pytest.fixture
@@ -84,6 +90,14 @@ def _poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]

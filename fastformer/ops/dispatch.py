@@ -32,6 +32,8 @@ BACKENDS = {
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "dropout_mask": ("cpu", "reference"),
+        "linear_fwd": ("cpu", "reference"),
+        "linear_bwd": ("cpu", "reference"),
     },
     "cuda": {
         # "cuda" joins this row when it has passed its tests on a GPU.
@@ -129,6 +131,9 @@ def _refuse_native(op: str, key: str) -> Callable[..., str | None]:
     def refuse(*args: Any) -> str | None:
         if _device_type(args) != key:
             return f"it takes {key} tensors, these are on {_device_type(args)}"
+        for arg in args if key == "cpu" else ():
+            if isinstance(arg, torch.Tensor) and arg.dtype in (torch.float64, torch.float16):
+                return f"it takes float32 and bfloat16, got {str(arg.dtype)[6:]}"
         if _library.WHY_NOT is not None:
             return _library.WHY_NOT
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key):
