@@ -10,6 +10,7 @@ fallback.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -128,6 +129,10 @@ def _refuse_native(op: str, key: str) -> Callable[..., str | None]:
     dispatch_key = key.upper()
     qualified = f"fastformer::{op}.{key}"
 
+    @functools.cache  # the question costs as much as the rest of the choice
+    def is_compiled() -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key)
+
     def refuse(*args: Any) -> str | None:
         if _device_type(args) != key:
             return f"it takes {key} tensors, these are on {_device_type(args)}"
@@ -136,7 +141,7 @@ def _refuse_native(op: str, key: str) -> Callable[..., str | None]:
                 return f"it takes float32 and bfloat16, got {str(arg.dtype)[6:]}"
         if _library.WHY_NOT is not None:
             return _library.WHY_NOT
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key):
+        if not is_compiled():
             return (
                 f"the compiled library has no {BACKENDS[key]}"
                 " (nvcc was missing when it was built); reinstall with CUDA_HOME set"
