@@ -25,6 +25,7 @@ from fastformer.ops import (
     dropout,
     explain,
     layer_norm,
+    linear,
     linear_cross_entropy,
     mlp,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "explain",
     "from_preset",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "load_model",
     "load_pretrained",

@@ -1,4 +1,4 @@
-"""Attention, LayerNorm, MLP and Block: thin nn.Modules that own parameters and call the ops.
+"""Linear, LayerNorm, Attention, MLP and Block: nn.Modules that own parameters and call the ops.
 
 There is no mathematics here. What the modules add is the fused order of a block: each residual
 addition is done by the LayerNorm that follows it, so a block hands over (branch, residual), the
@@ -43,6 +43,14 @@ class KeyValueCache:
         self._values[:, self.length : end] = v
         self.length = end
         return self._keys[:, :end], self._values[:, :end]
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear, run by the op `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., C) to (..., C_out)."""
+        return ops.linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.Module):
@@ -101,8 +109,8 @@ class Attention(nn.Module):
                 "Attention: a Linformer projection mixes tokens, so it cannot be causal"
             )
         self.heads, self.causal, self.dropout, self.site = heads, causal, dropout, site
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.out = Linear(dim, dim)
         self.project_k = nn.Parameter(torch.empty(linformer)) if linformer else None
         self.project_v = nn.Parameter(torch.empty(linformer)) if linformer else None
         for projection in (self.project_k, self.project_v):

@@ -21,6 +21,7 @@ BACKENDS = {
     "attention": (*REFERENCE, ("cpu", "cpu")),
     "attention_varlen": (*REFERENCE, ("cpu", "cpu")),
     "layer_norm": (*REFERENCE, ("cpu", "cpu")),
+    "linear": (*REFERENCE, ("cpu", "cpu")),
     "mlp": (*REFERENCE, ("cpu", "cpu")),
     "linear_cross_entropy": REFERENCE,
     "dropout": (*REFERENCE, ("cpu", "cpu"), ("cuda", "cuda")),
@@ -60,7 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dtype = params.get("dtype", torch.float32)
         if "gradcheck" in item.name:
             dtype = torch.float64
-        return params.get("backend") == ("cpu", "cpu") and dtype not in CPU_DTYPES
+        if params.get("backend") != ("cpu", "cpu") or item.module.OP == "dropout":
+            return False  # the mask of dropout has no dtype
+        return dtype not in CPU_DTYPES
 
     config.hook.pytest_deselected(items=[item for item in items if foreign(item)])
     items[:] = [item for item in items if not foreign(item)]
@@ -100,6 +103,14 @@ def _poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]

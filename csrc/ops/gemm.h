@@ -29,7 +29,7 @@ inline void mm_out(const torch::stable::Tensor &out, const torch::stable::Tensor
 // out = added + a b, where `added` broadcasts to the product's shape and may be `out` itself.
 inline void addmm_out(const torch::stable::Tensor &out, const torch::stable::Tensor &added,
                       const torch::stable::Tensor &a, const torch::stable::Tensor &b) {
-  // The dispatcher's stable entry takes no Scalar, which alpha and beta are.
+  // Not through the dispatcher, whose stable interface has no word for a Scalar.
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), added.get(), a.get(), b.get(), 1.0, 1.0));
 }

@@ -5,6 +5,7 @@ from fastformer.ops.attention_varlen import attention_varlen, attention_varlen_q
 from fastformer.ops.dispatch import backend, explain
 from fastformer.ops.dropout import dropout, dropout_mask
 from fastformer.ops.layer_norm import add_layer_norm, layer_norm
+from fastformer.ops.linear import linear
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
 from fastformer.ops.mlp import mlp
 
@@ -19,6 +20,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "mlp",
 ]

@@ -11,6 +11,7 @@ N rows (all leading dimensions flattened).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -396,6 +397,27 @@ def add_layer_norm_bwd(
     # A copy where nothing was cast: results of an op must not share memory.
     grad_x = grad_x.to(x_dtype, copy=True)
     return grad_x, grad, grad_weight, grad_bias
+
+
+# ---- linear ----
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is not known when C is 0
+
+
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, (..., C_out)."""
+    # Not view: the result of an op is a tensor of its own, which may be changed in place.
+    out = F.linear(_rows(x), weight, bias)
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
+
+
+def linear_bwd(grad_out: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    rows, grad = _rows(x), _rows(grad_out)
+    grad_bias = grad.sum(0, dtype=accumulator(x.dtype)).to(weight.dtype)
+    return (grad @ weight).view(x.shape), grad.t() @ rows, grad_bias
 
 
 # ---- MLP ----

@@ -69,6 +69,7 @@ CALLS = {
         _add_layer_norm,
         lambda n: (randn(n, 3, 8), randn(n, 3, 8), randn(8), randn(8)),
     ),
+    "linear": (ops.linear, lambda n: (randn(n, 3, 8), randn(6, 8), randn(6))),
     "mlp": (
         _mlp,
         lambda n: (randn(n, 3, 8), randn(16, 8), randn(16), randn(4, 16), randn(4)),
@@ -247,6 +248,11 @@ def raw_calls():
                 saved = (x, grad, residual, weight, mean, rstd, dtype, *drop)
                 yield "add_layer_norm_bwd", saved
 
+        weight, bias = torch.randn(5, 8).to(dtype), torch.randn(5).to(dtype)
+        for one in (bias, None):
+            yield "linear_fwd", (x, weight, one)
+        yield "linear_bwd", (torch.randn(2, 3, 5).to(dtype), x, weight)
+
         w1, b1, w2, b2 = (torch.randn(shape).to(dtype) for shape in ((16, 8), (16,), (4, 16), (4,)))
         for biases, settings in (
             ((b1, b2), (False, 0.0, None, 0)),
@@ -324,6 +330,14 @@ class TestAutocast:
             *(x.transpose(0, 1) for x in (q, k, v))
         ).transpose(0, 1)
         self.assert_near(dtype, (out,), (expected,))
+
+    def test_linear(self, dtype):
+        tensors = randn(5, 8), randn(6, 8), randn(6)
+        (out,), grads = self.grads(dtype, ops.linear, *tensors)
+        assert out.dtype == dtype
+        expected = F.linear(*tensors)
+        loss = expected.square().sum()
+        self.assert_near(dtype, (out, *grads), (expected, *torch.autograd.grad(loss, tensors)))
 
     def test_mlp(self, dtype):
         tensors = randn(5, 8), randn(16, 8), randn(16), randn(4, 16), randn(4)
