@@ -7,6 +7,7 @@ FASTFORMER_CUDA        auto (default: CUDA kernels if nvcc is found), 1 (insist)
 FASTFORMER_CUDA_ARCHS  e.g. "80 90a"; default: the GPUs of this machine, else 90a
 FASTFORMER_SKIP_EXT    1 installs the Python files alone
 FASTFORMER_TORCH_DIR   the torch package to build against, where it is not found by itself
+FASTFORMER_SANITIZE    e.g. "address,undefined": instrument the C++ code, for tests
 CUDA_HOME, CXX, MAX_JOBS
 """
 
@@ -55,6 +56,12 @@ CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi", f"
 CXX_FLAGS += [f"-ffile-prefix-map={ROOT}/="]  # error messages name csrc/..., not the build machine
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", f"-I{CSRC}", "-Xcompiler"]
 NVCC_FLAGS += ["-fPIC,-fvisibility=hidden,-Wall"]
+
+
+# Python itself is not instrumented: it needs the compiler's libasan.so preloaded.
+SANITIZE = os.environ.get("FASTFORMER_SANITIZE", "")
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
+CXX_FLAGS += [*SANITIZE_FLAGS, "-g", "-O1"] if SANITIZE else []
 
 
 def fail(sentence: str) -> SystemExit:
@@ -181,12 +188,13 @@ class BuildExt(build_ext):
         torch, cxx, nvcc = find_torch(), find_compiler(), find_nvcc()
         archs = cuda_archs() if nvcc else []
         # Objects of one configuration never meet those of another.
-        key = hashlib.sha256(repr((torch, cxx, nvcc, archs)).encode()).hexdigest()[:8]
+        key = hashlib.sha256(repr((torch, cxx, nvcc, archs, SANITIZE)).encode()).hexdigest()[:8]
         temp = Path(self.build_temp).resolve() / f"{'cuda' if nvcc else 'cpu'}-{key}"
         temp.mkdir(parents=True, exist_ok=True)
         library = temp / "_C.so"
         steps = list(self.cpu_steps(cxx, torch, temp, archs))
-        link = [*cxx, "-shared", "-o", str(library), *(str(step.output) for step in steps)]
+        link = [*cxx, *SANITIZE_FLAGS, "-shared", "-o", str(library)]
+        link += [str(step.output) for step in steps]
         if nvcc:
             cuda_steps = list(self.cuda_steps(nvcc, cxx, temp, archs))
             steps += cuda_steps

@@ -4,10 +4,12 @@ There is no mathematics here. What the modules add is the fused order of a block
 addition is done by the LayerNorm that follows it, so a block hands over (branch, residual), the
 last branch not yet added.
 
-B batch, T tokens, S key tokens, H heads, D head dim, C model dim, F hidden dim.
+B batch, T tokens, S key tokens, N packed tokens, H heads, D head dim, C model dim, F hidden dim.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,50 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., C) to (..., C_out)."""
         return ops.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the real tokens of a padded batch (B, T) stand when they follow one another.
+
+    index (N,) int64: the places of the real tokens in the flattened batch. cu_seqlens (B + 1,)
+    int32: where each sequence starts in the packed one, then N.
+    """
+
+    shape: tuple[int, int]
+    index: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, key_lengths: Tensor, B: int, T: int) -> Packing:
+        """Keep the first `key_lengths` (B,) int32 of each row's T tokens; waits for the device."""
+        if key_lengths.dtype != torch.int32 or tuple(key_lengths.shape) != (B,):
+            raise ValueError(
+                f"key_lengths must be int32 of shape ({B},),"
+                f" got {key_lengths.dtype} {tuple(key_lengths.shape)}"
+            )
+        lengths = key_lengths.clamp(0, T)
+        real = torch.arange(T, device=lengths.device) < lengths[:, None]
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return cls((B, T), real.flatten().nonzero().squeeze(1), cu_seqlens, int(lengths.max()))
+
+    @property
+    def positions(self) -> Tensor:
+        """The position (N,) of each packed token within its sequence."""
+        return self.index % self.shape[1]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The real tokens of `x` (B, T, ...) as (N, ...)."""
+        if tuple(x.shape[:2]) != self.shape:
+            raise ValueError(f"a padded batch must be {self.shape}, got {tuple(x.shape)}")
+        return x.flatten(0, 1)[self.index]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The inverse of `pack`, with zeros for padding."""
+        B, T = self.shape
+        padded = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.index, x)
+        return padded.view(B, T, *x.shape[1:])
 
 
 class LayerNorm(nn.Module):
@@ -124,8 +170,16 @@ class Attention(nn.Module):
         key_lengths: Tensor | None = None,
         rng: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """Attend within `x` (B, T, C) and to what `cache` holds; return (B, T, C)."""
+        """Attend within `x` (B, T, C) and to what `cache` holds; return (B, T, C).
+
+        With `packing`, `x` is (N, C) and each sequence attends within itself.
+        """
+        if self.project_k is not None and (key_lengths is not None or packing is not None):
+            raise ValueError("Attention: a Linformer projection cannot skip padded keys")
+        if packing is not None:
+            return self._attend_packed(x, packing, rng)
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
         dropout_p = self.dropout if self.training else 0.0
@@ -143,8 +197,6 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         if self.project_k is not None and self.project_v is not None:
-            if key_lengths is not None:
-                raise ValueError("Attention: a Linformer projection cannot skip padded keys")
             k = torch.einsum("bshd,sk->bkhd", k, self.project_k[:T])
             v = torch.einsum("bshd,sk->bkhd", v, self.project_v[:T])
         out = ops.attention(
@@ -158,6 +210,19 @@ class Attention(nn.Module):
             site=self.site,
         )
         return self.out(out.reshape(B, T, C))
+
+    def _attend_packed(self, x: Tensor, packing: Packing, rng: Tensor | None) -> Tensor:
+        N, C = x.shape
+        out = ops.attention_varlen_qkvpacked(
+            self.qkv(x).view(N, 3, self.heads, C // self.heads),
+            packing.cu_seqlens,
+            packing.max_seqlen,
+            causal=self.causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            rng=rng,
+            site=self.site,
+        )
+        return self.out(out.reshape(N, C))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, causal={self.causal}, dropout={self.dropout}"
@@ -251,15 +316,20 @@ class Block(nn.Module):
         key_lengths: Tensor | None = None,
         rng: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the layer to the stream x + residual (B, T, C); return the new (x, residual).
+
+        With `packing` the stream is (N, C), the real tokens of a batch one after the other.
 
         The stream a pre-norm block returns is the sum of the two, added by whoever comes next:
         `x, residual = block(x)` gives `x + residual` equal to nn.TransformerEncoderLayer's output.
         A post-norm block returns the finished stream and None.
         """
         if not self.pre_norm:
-            branch = self.attention(x, key_lengths=key_lengths, rng=rng, cache=cache)
+            branch = self.attention(
+                x, key_lengths=key_lengths, rng=rng, cache=cache, packing=packing
+            )
             x, _ = self.norm1.add(branch, x, rng)
             x, _ = self.norm2.add(self.mlp(x, rng=rng), x, rng)
             return x, None
@@ -267,7 +337,9 @@ class Block(nn.Module):
             normed, residual = self.norm1(x), x
         else:
             normed, residual = self.norm1.add(x, residual, rng)
-        branch = self.attention(normed, key_lengths=key_lengths, rng=rng, cache=cache)
+        branch = self.attention(
+            normed, key_lengths=key_lengths, rng=rng, cache=cache, packing=packing
+        )
         normed, residual = self.norm2.add(branch, residual, rng)
         return self.mlp(normed, rng=rng), residual
 

@@ -7,20 +7,21 @@
 `causal` is the only difference between the encoder and the decoder. Every model returns logits, or,
 when given targets, the mean loss without ever holding all logits.
 
-B batch, T tokens, C model dim, V vocabulary, P patch size.
+B batch, T tokens, N real tokens (padding dropped), C model dim, V vocabulary, P patch size.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastformer import ops
-from fastformer.modules import Block, KeyValueCache, LayerNorm, Linear, last_site
+from fastformer.modules import Block, KeyValueCache, LayerNorm, Linear, Packing, last_site
 
 IGNORE_INDEX = -100
 
@@ -164,17 +165,17 @@ class Transformer(nn.Module):
         key_lengths: Tensor | None = None,
         rng: Tensor | None = None,
         caches: list[KeyValueCache] | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """Map embeddings `x` (B, T, C) to final hidden states (B, T, C)."""
+        """Map embeddings `x` (B, T, C), or (N, C) with `packing`, to final hidden states."""
         residual: Tensor | None = None
         for index, block in enumerate(self.blocks):
-            cache = caches[index] if caches is not None else None
+            given: dict[str, Any] = {"key_lengths": key_lengths, "rng": rng, "packing": packing}
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, residual = checkpoint(
-                    block, x, residual, key_lengths=key_lengths, rng=rng, use_reentrant=False
-                )
+                x, residual = checkpoint(block, x, residual, use_reentrant=False, **given)
             else:
-                x, residual = block(x, residual, key_lengths=key_lengths, rng=rng, cache=cache)
+                cache = caches[index] if caches is not None else None
+                x, residual = block(x, residual, cache=cache, **given)
         if self.norm is None or residual is None:
             return x
         return self.norm.add(x, residual, rng)[0]
@@ -241,10 +242,17 @@ class TextEmbedding(nn.Module):
         token_types: Tensor | None = None,
         rng: Tensor | None = None,
         start: int = 0,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """Embed `ids` (B, T), whose first token stands at position `start`; return (B, T, C)."""
+        """Embed `ids` (B, T), whose first token stands at position `start`; return (B, T, C).
+
+        With `packing` only the real tokens are embedded, to (N, C).
+        """
         _check_ids(ids, self.config, start)
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        if packing is not None:
+            ids, positions = packing.pack(ids), positions[packing.positions]
+            token_types = None if token_types is None else packing.pack(token_types)
         x = self.token(ids) + self.position(positions)
         if self.token_type is not None:
             types = torch.zeros_like(ids) if token_types is None else token_types
@@ -298,6 +306,36 @@ class _LanguageModel(_Model):
             self.head.weight = self.embedding.token.weight
         _init_weights(self)
 
+    def _packing(self, ids: Tensor, key_lengths: Tensor | None) -> Packing | None:
+        """How to drop the padding, where it can be dropped.
+
+        That takes the number of real tokens. On a GPU the host would wait for it, and a traced
+        graph cannot depend on it: there the padded keys are masked.
+        """
+        if key_lengths is None or ids.dim() != 2 or self.config.linformer:
+            return None
+        B, T = ids.shape
+        if B == 0 or ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return Packing.of(key_lengths, B, T)
+
+    def _states(
+        self,
+        ids: Tensor,
+        token_types: Tensor | None,
+        key_lengths: Tensor | None,
+        rng: Tensor | None,
+        caches: list[KeyValueCache] | None = None,
+    ) -> tuple[Tensor, Packing | None]:
+        """Final hidden states (B, T, C), or (N, C) and how they are packed."""
+        rng = self._dropout_state(rng, ids.device)
+        packing = None if caches else self._packing(ids, key_lengths)
+        start = caches[0].length if caches else 0
+        x = self.embedding(ids, token_types=token_types, rng=rng, start=start, packing=packing)
+        if packing is not None:
+            return self.transformer(x, rng=rng, packing=packing), packing
+        return self.transformer(x, key_lengths=key_lengths, rng=rng, caches=caches), None
+
     def hidden(
         self,
         ids: Tensor,
@@ -307,11 +345,9 @@ class _LanguageModel(_Model):
         rng: Tensor | None = None,
         caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
-        """Return the final hidden states (B, T, C) of `ids` (B, T)."""
-        rng = self._dropout_state(rng, ids.device)
-        start = caches[0].length if caches else 0
-        x = self.embedding(ids, token_types=token_types, rng=rng, start=start)
-        return self.transformer(x, key_lengths=key_lengths, rng=rng, caches=caches)
+        """Return the final hidden states (B, T, C) of `ids` (B, T); see `forward` for padding."""
+        x, packing = self._states(ids, token_types, key_lengths, rng, caches)
+        return x if packing is None else packing.unpack(x)
 
     def forward(
         self,
@@ -324,15 +360,24 @@ class _LanguageModel(_Model):
     ) -> Tensor:
         """Return logits (B, T, V) or, given `targets` (B, T), the mean loss over those not -100.
 
-        ids (B, T) int64. token_types (B, T) for models that have them. key_lengths (B,) int32 hides
-        padding at the end of rows. rng: an int64 tensor (seed, offset) that determines all dropout;
-        without it a state is drawn from torch's default generator.
+        ids (B, T) int64. token_types (B, T) for models that have them. rng: an int64 tensor
+        (seed, offset) that determines all dropout; without it a state is drawn from torch's default
+        generator.
+        key_lengths (B,) int32: the number of real tokens in each row. The padding after them is not
+        seen and its targets do not count. On the CPU it is not computed either: its logits are
+        zero. On a GPU, where the host would have to wait for the number of real tokens, and under
+        torch.compile it is computed behind a mask, and its logits mean nothing.
         Raises ValueError for ids out of range (on the CPU) or more tokens than positions.
         """
-        x = self.hidden(ids, token_types=token_types, key_lengths=key_lengths, rng=rng)
+        x, packing = self._states(ids, token_types, key_lengths, rng)
         x = self.head_transform(x)
         if targets is None:
-            return self.head(x)
+            return self.head(x) if packing is None else packing.unpack(self.head(x))
+        if packing is not None:
+            targets = packing.pack(targets)
+        elif key_lengths is not None:
+            padding = torch.arange(ids.shape[1], device=ids.device) >= key_lengths[:, None]
+            targets = targets.masked_fill(padding, IGNORE_INDEX)
         return ops.linear_cross_entropy(
             x, self.head.weight, targets, bias=self.head.bias, ignore_index=IGNORE_INDEX
         )
