@@ -290,3 +290,19 @@ def test_packed_projection_of_another_shape_is_refused(refuses):
         refuses(
             ValueError, ("(B, T, 3, H, D)", str(shape)), attention_qkvpacked, torch.randn(shape)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_any_number_of_threads_gives_the_same_bits(backend, threads, dtype):
+    if backend == "cuda":
+        pytest.skip("threads are the CPU's")
+    packed = torch.randn(2, 150, 3, 3, 40).to(dtype).requires_grad_()
+    grad_out = torch.randn(2, 150, 3, 40).to(dtype)
+    options = {"causal": True, "dropout_p": 0.2, "rng": torch.tensor([1, 2])}
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        out = attention_qkvpacked(packed, **options)
+        results.append((out, *torch.autograd.grad(out, packed, grad_out)))
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(other, results[0], strict=True))
