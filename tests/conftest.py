@@ -23,7 +23,7 @@ BACKENDS = {
     "layer_norm": REFERENCE,
     "linear": (*REFERENCE, ("cpu", "cpu")),
     "mlp": REFERENCE,
-    "linear_cross_entropy": REFERENCE,
+    "linear_cross_entropy": (*REFERENCE, ("cpu", "cpu")),
     "dropout": (*REFERENCE, ("cpu", "cpu"), ("cuda", "cuda")),
 }
 

@@ -42,7 +42,7 @@ def _fwd_fake(
     loss = x.new_empty((), dtype=reference.accumulator(x.dtype))
     if not needs_grad:
         return loss, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    grad_bias = (weight if bias is None else bias).new_empty(weight.shape[0])
+    grad_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return loss, x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
 
 
@@ -52,6 +52,7 @@ dispatch.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_fwd,
     fake=_fwd_fake,
+    native=("cpu",),
 )
 
 
@@ -68,12 +69,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # In float32: a loss scale of 65536 is infinite in float16, and 1/3 is biased in bfloat16.
-        grad_x, grad_weight, grad_bias = (
-            (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors
-        )
         none = (None,) * ctx.settings_count
+        grads = ctx.saved_tensors
+        if not _may_give_away(grad_loss):
+            grads = tuple(_scaled(grad, grad_loss) for grad in grads)
+        grad_x, grad_weight, grad_bias = grads
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *none
+
+
+def _may_give_away(grad_loss: Tensor) -> bool:
+    """Whether the gradients of the forward pass are those of this backward pass, and its last.
+
+    They are as large as the vocabulary, and a copy would cost what the kernel saves. Once nobody
+    else holds them the parameter takes them over as its `grad`, which is then changed in place.
+    """
+    if torch.compiler.is_compiling() or grad_loss.device.type != "cpu":
+        return False  # on a GPU, to look at the number would wait for it
+    return not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1.0
+
+
+def _scaled(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    # In float32: a loss scale of 65536 is infinite in float16, and 1/3 is biased in bfloat16.
+    if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+        return grad * grad_loss.item()  # in float32 without a float32 copy
+    return (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
 
 
 def _prepare(
