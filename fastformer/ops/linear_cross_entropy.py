@@ -24,6 +24,7 @@ from fastformer.ops.arguments import (
     distinct,
     needs_grad,
 )
+from fastformer.ops.weight_copies import cast
 
 REDUCTIONS = ("mean", "sum")
 
@@ -59,22 +60,27 @@ dispatch.define(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.settings_count = len(settings)
         loss, *grads = torch.ops.fastformer.linear_cross_entropy_fwd.default(
-            x, weight, bias, *settings, True
+            *_cast_weights(x, weight, bias, *settings), True
         )
         ctx.save_for_backward(*grads)
-        ctx.has_bias, ctx.settings_count = bias is not None, len(settings)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        none = (None,) * ctx.settings_count
-        grads = ctx.saved_tensors
-        if not _may_give_away(grad_loss):
-            grads = tuple(_scaled(grad, grad_loss) for grad in grads)
-        grad_x, grad_weight, grad_bias = grads
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *none
+        finish = _as_it_is if _may_give_away(grad_loss) else _scaled
+        grads = (
+            None if dtype is None else finish(grad, grad_loss, dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, *(None,) * ctx.settings_count
+
+
+def _cast_weights(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    return x, cast(weight, x.dtype), cast(bias, x.dtype), *rest
 
 
 def _may_give_away(grad_loss: Tensor) -> bool:
@@ -88,11 +94,16 @@ def _may_give_away(grad_loss: Tensor) -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1.0
 
 
-def _scaled(grad: Tensor, grad_loss: Tensor) -> Tensor:
+def _as_it_is(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.to(dtype)
+
+
+def _scaled(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     # In float32: a loss scale of 65536 is infinite in float16, and 1/3 is biased in bfloat16.
-    if grad.device.type == "cpu" and not torch.compiler.is_compiling():
-        return grad * grad_loss.item()  # in float32 without a float32 copy
-    return (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
+    if grad.device.type != "cpu" or torch.compiler.is_compiling():
+        return (grad.to(grad_loss.dtype) * grad_loss).to(dtype)
+    scale = grad_loss.item()  # a Python number is multiplied in float32 without a float32 copy
+    return grad * scale if grad.dtype == dtype else grad.to(dtype).mul_(scale)
 
 
 def _prepare(
@@ -109,20 +120,18 @@ def _prepare(
     op = "linear_cross_entropy"
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
-    check_float(op, x=x, weight=weight)
-    check_same_dtype(op, x=x, weight=weight)
+        x = x.to(dtype)  # the weights, of which there may be copies, follow in _cast_weights
+    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_float(op, **tensors)
+    if dtype is None:
+        check_same_dtype(op, **tensors)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: x must be (..., C) and weight (V, C),"
             f" got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if bias is not None:
-        check_float(op, x=x, bias=bias)
-        check_same_dtype(op, x=x, bias=bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{op}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
     if targets.dtype != torch.int64 or targets.shape != x.shape[:-1]:
         raise ValueError(
             f"{op}: targets must be int64 of shape {tuple(x.shape[:-1])},"
@@ -178,9 +187,10 @@ def linear_cross_entropy(
     )
     if needs_grad(x, weight, bias):
         return _LinearCrossEntropy.apply(*distinct(args))
-    return torch.ops.fastformer.linear_cross_entropy_fwd.default(*args, False)[0]
+    return torch.ops.fastformer.linear_cross_entropy_fwd.default(*_cast_weights(*args), False)[0]
 
 
 @dispatch.explainer("linear_cross_entropy")
 def _explain(*args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    return [("linear_cross_entropy_fwd", (*_prepare(*args, **kwargs), True))]
+    raw = _cast_weights(*_prepare(*args, **kwargs))
+    return [("linear_cross_entropy_fwd", (*raw, True))]
