@@ -23,7 +23,7 @@ BACKENDS = {
     "layer_norm": (*REFERENCE, ("cpu", "cpu")),
     "linear": (*REFERENCE, ("cpu", "cpu")),
     "mlp": (*REFERENCE, ("cpu", "cpu")),
-    "linear_cross_entropy": REFERENCE,
+    "linear_cross_entropy": (*REFERENCE, ("cpu", "cpu")),
     "dropout": (*REFERENCE, ("cpu", "cpu"), ("cuda", "cuda")),
 }
 

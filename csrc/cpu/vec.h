@@ -145,8 +145,8 @@ template <int kDegree = 5> FASTFORMER_INLINE Vec exp2(Vec x) {
   const Vec y = kDegree == 5 ? polynomial(f, p5) : polynomial(f, p4);
   return (Vec)_mm512_scalef_ps((__m512)y, n);
 #else
-  x = min(max(x, splat(-126.0f)), splat(127.0f));
-  const Vec magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
+  x = min(splat(127.0f), max(splat(-126.0f), x)); // in this order NaN stays
+  const Vec magic = splat(12582912.0f);           // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
   const Vec y = kDegree == 5 ? polynomial(f, p5) : polynomial(f, p4);
@@ -163,7 +163,7 @@ FASTFORMER_INLINE Vec exp(Vec x) {
       _mm512_roundscale_ps((__m512)(x * kLog2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec r = fma((Vec)n, splat(2.12194440e-4f), fma((Vec)n, splat(-0.693359375f), x));
 #else
-  x = min(max(x, splat(-87.3f)), splat(88.3f));
+  x = min(splat(88.3f), max(splat(-87.3f), x)); // in this order NaN stays
   const Vec magic = splat(12582912.0f);
   const Vec shifted = fma(x, splat(kLog2e), magic), n = shifted - magic;
   const Vec r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));

@@ -47,6 +47,7 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "mlp_bwd": ("cpu", "reference"),
         "linear_fwd": ("cpu", "reference"),
         "linear_bwd": ("cpu", "reference"),
+        "linear_cross_entropy_fwd": ("cpu", "reference"),
     },
     "cuda": {
         # "cuda" joins this row when it has passed its tests on a GPU.

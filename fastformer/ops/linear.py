@@ -22,6 +22,7 @@ from fastformer.ops.arguments import (
     distinct,
     needs_grad,
 )
+from fastformer.ops.weight_copies import cast
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,8 +51,9 @@ dispatch.define(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        _, weight, bias = _cast_weights(x, weight, bias)
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return torch.ops.fastformer.linear_fwd.default(x, weight, bias)
 
     @staticmethod
@@ -60,17 +62,23 @@ class _Linear(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = torch.ops.fastformer.linear_bwd.default(
             grad_out, *ctx.saved_tensors
         )
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None
+        weight_dtype, bias_dtype = ctx.dtypes
+        grad_bias = None if bias_dtype is None else grad_bias.to(bias_dtype)
+        return grad_x, grad_weight.to(weight_dtype), grad_bias
+
+
+def _cast_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    return x, cast(weight, x.dtype), cast(bias, x.dtype)
 
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
+        x = x.to(dtype)  # the weights, of which there may be copies, follow in _cast_weights
     tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     check_float("linear", **tensors)
-    check_same_dtype("linear", **tensors)
+    if dtype is None:
+        check_same_dtype("linear", **tensors)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             "linear: x must be (..., C) and weight (C_out, C),"
@@ -90,10 +98,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     args = _prepare(x, weight, bias)
     if needs_grad(x, weight, bias):
         return _Linear.apply(*distinct(args))
-    return torch.ops.fastformer.linear_fwd.default(*args)
+    return torch.ops.fastformer.linear_fwd.default(*_cast_weights(*args))
 
 
 @dispatch.explainer("linear")
 def _explain(*args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    raw = _prepare(*args, **kwargs)
+    raw = _cast_weights(*_prepare(*args, **kwargs))
     return [("linear_fwd", raw), ("linear_bwd", raw)]

@@ -24,6 +24,7 @@ from fastformer.ops.arguments import (
     distinct,
     needs_grad,
 )
+from fastformer.ops.weight_copies import cast
 
 REDUCTIONS = ("mean", "sum")
 
@@ -42,7 +43,7 @@ def _fwd_fake(
     loss = x.new_empty((), dtype=reference.accumulator(x.dtype))
     if not needs_grad:
         return loss, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    grad_bias = (weight if bias is None else bias).new_empty(weight.shape[0])
+    grad_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return loss, x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
 
 
@@ -52,28 +53,57 @@ dispatch.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_fwd,
     fake=_fwd_fake,
+    native=("cpu",),
 )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.settings_count = len(settings)
         loss, *grads = torch.ops.fastformer.linear_cross_entropy_fwd.default(
-            x, weight, bias, *settings, True
+            *_cast_weights(x, weight, bias, *settings), True
         )
         ctx.save_for_backward(*grads)
-        ctx.has_bias, ctx.settings_count = bias is not None, len(settings)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # In float32: a loss scale of 65536 is infinite in float16, and 1/3 is biased in bfloat16.
-        grad_x, grad_weight, grad_bias = (
-            (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors
+        finish = _as_it_is if _may_give_away(grad_loss) else _scaled
+        grads = (
+            None if dtype is None else finish(grad, grad_loss, dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        none = (None,) * ctx.settings_count
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *none
+        return *grads, *(None,) * ctx.settings_count
+
+
+def _cast_weights(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    return x, cast(weight, x.dtype), cast(bias, x.dtype), *rest
+
+
+def _may_give_away(grad_loss: Tensor) -> bool:
+    """Whether the gradients of the forward pass are those of this backward pass, and its last.
+
+    They are as large as the vocabulary, and a copy would cost what the kernel saves. Once nobody
+    else holds them the parameter takes them over as its `grad`, which is then changed in place.
+    """
+    if torch.compiler.is_compiling() or grad_loss.device.type != "cpu":
+        return False  # on a GPU, to look at the number would wait for it
+    return not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1.0
+
+
+def _as_it_is(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.to(dtype)
+
+
+def _scaled(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    # In float32: a loss scale of 65536 is infinite in float16, and 1/3 is biased in bfloat16.
+    if grad.device.type != "cpu" or torch.compiler.is_compiling():
+        return (grad.to(grad_loss.dtype) * grad_loss).to(dtype)
+    scale = grad_loss.item()  # a Python number is multiplied in float32 without a float32 copy
+    return grad * scale if grad.dtype == dtype else grad.to(dtype).mul_(scale)
 
 
 def _prepare(
@@ -90,20 +120,18 @@ def _prepare(
     op = "linear_cross_entropy"
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
-    check_float(op, x=x, weight=weight)
-    check_same_dtype(op, x=x, weight=weight)
+        x = x.to(dtype)  # the weights, of which there may be copies, follow in _cast_weights
+    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_float(op, **tensors)
+    if dtype is None:
+        check_same_dtype(op, **tensors)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: x must be (..., C) and weight (V, C),"
             f" got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if bias is not None:
-        check_float(op, x=x, bias=bias)
-        check_same_dtype(op, x=x, bias=bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{op}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
     if targets.dtype != torch.int64 or targets.shape != x.shape[:-1]:
         raise ValueError(
             f"{op}: targets must be int64 of shape {tuple(x.shape[:-1])},"
@@ -159,9 +187,10 @@ def linear_cross_entropy(
     )
     if needs_grad(x, weight, bias):
         return _LinearCrossEntropy.apply(*distinct(args))
-    return torch.ops.fastformer.linear_cross_entropy_fwd.default(*args, False)[0]
+    return torch.ops.fastformer.linear_cross_entropy_fwd.default(*_cast_weights(*args), False)[0]
 
 
 @dispatch.explainer("linear_cross_entropy")
 def _explain(*args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    return [("linear_cross_entropy_fwd", (*_prepare(*args, **kwargs), True))]
+    raw = _cast_weights(*_prepare(*args, **kwargs))
+    return [("linear_cross_entropy_fwd", (*raw, True))]

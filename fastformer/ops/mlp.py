@@ -25,6 +25,7 @@ from fastformer.ops.arguments import (
     distinct,
     needs_grad,
 )
+from fastformer.ops.weight_copies import cast
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
@@ -78,25 +79,31 @@ class _MLP(torch.autograd.Function):
         rng: Tensor | None,
         site: int,
     ) -> Tensor:
-        out, pre = torch.ops.fastformer.mlp_fwd.default(
-            x, w1, b1, w2, b2, tanh, dropout_p, rng, site
-        )
+        ctx.dtypes = tuple(None if w is None else w.dtype for w in (w1, b1, w2, b2))
+        args = _cast_weights(x, w1, b1, w2, b2, tanh, dropout_p, rng, site)
+        _, w1, _, w2, *_ = args
+        out, pre = torch.ops.fastformer.mlp_fwd.default(*args)
         ctx.save_for_backward(x, w1, w2, pre, rng)
         ctx.settings = (tanh, dropout_p)
         ctx.site = site
-        ctx.has_bias = (b1 is not None, b2 is not None)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         *saved, rng = ctx.saved_tensors
-        grad_x, grad_w1, grad_b1, grad_w2, grad_b2 = torch.ops.fastformer.mlp_bwd.default(
+        grad_x, *grads = torch.ops.fastformer.mlp_bwd.default(
             grad_out, *saved, *ctx.settings, rng, ctx.site
         )
-        has_b1, has_b2 = ctx.has_bias
-        grads = (grad_x, grad_w1, grad_b1 if has_b1 else None, grad_w2, grad_b2 if has_b2 else None)
-        return *grads, None, None, None, None
+        typed = (
+            None if dtype is None else grad.to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
+        return grad_x, *typed, None, None, None, None
+
+
+def _cast_weights(x: Tensor, *args: Any) -> tuple[Any, ...]:
+    return x, *(cast(weight, x.dtype) for weight in args[:4]), *args[4:]
 
 
 def _prepare(
@@ -113,12 +120,12 @@ def _prepare(
 ) -> tuple[Any, ...]:
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
-        b1, b2 = (b if b is None else b.to(dtype) for b in (b1, b2))
+        x = x.to(dtype)  # the weights, of which there may be copies, follow in _cast_weights
     given = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     tensors = {name: t for name, t in given.items() if t is not None}
     check_float("mlp", **tensors)
-    check_same_dtype("mlp", **tensors)
+    if dtype is None:
+        check_same_dtype("mlp", **tensors)
     if x.dim() == 0 or w1.dim() != 2 or w2.dim() != 2:
         raise ValueError(
             "mlp: x must be (..., C), w1 (F, C) and w2 (C_out, F),"
@@ -168,10 +175,10 @@ def mlp(
     )
     if needs_grad(x, w1, b1, w2, b2):
         return _MLP.apply(*distinct(args))
-    return torch.ops.fastformer.mlp_fwd.default(*args)[0]
+    return torch.ops.fastformer.mlp_fwd.default(*_cast_weights(*args))[0]
 
 
 @dispatch.explainer("mlp")
 def _explain(*args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    raw = _prepare(*args, **kwargs)
+    raw = _cast_weights(*_prepare(*args, **kwargs))
     return [("mlp_fwd", raw), ("mlp_bwd", raw)]

@@ -499,7 +499,8 @@ def linear_cross_entropy_fwd(
     mean: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss (scalar) and, when asked for, its gradients of x, weight and bias (else empty).
+    """The loss (scalar) and, when asked for, its gradients of x, weight and bias (else empty; that
+    of the bias also where there is none).
 
     Only rows whose target counts are multiplied, a chunk at a time, and a chunk's logits become
     their own gradient, so that the whole (N, V) matrix never exists.
@@ -513,7 +514,7 @@ def linear_cross_entropy_fwd(
     loss = torch.zeros((), dtype=acc, device=x.device)
     grad_x = x.new_zeros(x.shape if needs_grad else 0)
     grad_w = x.new_zeros(weight.shape if needs_grad else 0, dtype=acc)
-    grad_b = x.new_zeros(V if needs_grad else 0, dtype=acc)
+    grad_b = x.new_zeros(V if needs_grad and bias is not None else 0, dtype=acc)
     for index in rows.split(_ROWS_PER_CHUNK):
         chunk, target = x[index], targets[index, None]
         logits = F.linear(chunk, weight, None if bias is None else bias.to(x.dtype)).to(acc)
@@ -527,11 +528,12 @@ def linear_cross_entropy_fwd(
             grad.sub_(label_smoothing / V)
             ones = torch.full_like(target, 1, dtype=acc)
             grad.scatter_add_(1, target, ones.mul_(label_smoothing - 1.0)).mul_(share)
-            grad_b += grad.sum(0)
+            if bias is not None:
+                grad_b += grad.sum(0)
             grad = grad.to(x.dtype)
             grad_x[index] = grad @ weight
             grad_w += grad.t() @ chunk
-    bias_dtype = weight.dtype if bias is None else bias.dtype
+    bias_dtype = x.dtype if bias is None else bias.dtype
     return loss, grad_x, grad_w.to(weight.dtype), grad_b.to(bias_dtype)
 
 

@@ -1,0 +1,280 @@
+// Binding of the op linear_cross_entropy_fwd.
+//
+// Memory: the logits of one chunk of rows, which become their own gradient, in a block that is kept
+// for the next call; the rows that count, gathered, and the gradient's rows before they are spread,
+// unless all rows count; in bfloat16 with several chunks, a float32 sum of the weight's gradient.
+#include "ops/binding.h"
+#include "ops/gemm.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace fastformer {
+namespace {
+
+constexpr int64_t kChunkBytes = int64_t{64} << 20;
+constexpr int64_t kLeastRows = 128; // the weight is read once more for every chunk
+
+// A pair of equal vectors: which rows count, and their targets.
+struct Counted {
+  std::vector<int64_t> rows, targets;
+};
+
+// Raises ValueError for a target out of range (which is what std::invalid_argument becomes).
+Counted counted_rows(const Tensor &targets, int64_t ignore_index, int64_t V) {
+  const Tensor dense = torch::stable::contiguous(targets);
+  const int64_t *target = static_cast<const int64_t *>(dense.const_data_ptr());
+  const int64_t N = dense.numel();
+  Counted counted;
+  counted.rows.reserve(static_cast<size_t>(N));
+  counted.targets.reserve(static_cast<size_t>(N));
+  for (int64_t row = 0; row < N; ++row) {
+    if (target[row] == ignore_index)
+      continue;
+    if (target[row] < 0 || target[row] >= V)
+      throw std::invalid_argument("linear_cross_entropy: targets must be in [0, " +
+                                  std::to_string(V) + ") or equal ignore_index, got " +
+                                  std::to_string(target[row]));
+    counted.rows.push_back(row);
+    counted.targets.push_back(target[row]);
+  }
+  return counted;
+}
+
+// A block of memory that outlives the call: the allocator would give one of this size back to the
+// system, and page faults would cost more than the softmax. Another thread's call gets its own.
+class KeptBlock {
+public:
+  explicit KeptBlock(int64_t bytes) : lock_(mutex(), std::try_to_lock) {
+    static Tensor *const kept = new Tensor; // never freed: torch may be gone before statics are
+    const bool keep = lock_.owns_lock() && bytes <= kChunkBytes;
+    if (keep && kept->defined() && kept->numel() >= bytes) {
+      block_ = *kept;
+      return;
+    }
+    block_ = torch::stable::empty({bytes}, ScalarType::Byte);
+    if (keep)
+      *kept = block_;
+  }
+
+  Tensor as_matrix(int64_t rows, int64_t cols, const Tensor &like) const {
+    return torch::stable::from_blob(block_.mutable_data_ptr(), {rows, cols}, {cols, 1},
+                                    like.device(), like.scalar_type());
+  }
+
+private:
+  static std::mutex &mutex() {
+    static std::mutex the;
+    return the;
+  }
+  std::unique_lock<std::mutex> lock_;
+  Tensor block_;
+};
+
+int64_t row_bytes(const Tensor &matrix) {
+  return matrix.size(1) * static_cast<int64_t>(matrix.element_size());
+}
+
+// Copies rows between two contiguous matrices: to[to_row(i)] = from[from_row(i)].
+template <class To, class From>
+void copy_rows(const Tensor &to, To to_row, const Tensor &from, From from_row, int64_t count) {
+  const int64_t bytes = row_bytes(from);
+  char *out = static_cast<char *>(to.mutable_data_ptr());
+  const char *in = static_cast<const char *>(from.const_data_ptr());
+  torch::stable::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::memcpy(out + to_row(i) * bytes, in + from_row(i) * bytes, static_cast<size_t>(bytes));
+  });
+}
+
+Tensor rows_of(const Tensor &matrix, int64_t first, int64_t count) {
+  Tensor all = matrix;
+  return torch::stable::narrow(all, 0, first, count);
+}
+
+// Adds up the gradient of the weight chunk by chunk: a float32 one in place, a bfloat16 one in
+// float32 beside it, unless there is but one chunk.
+class WeightGradient {
+public:
+  WeightGradient(const Tensor &weight, bool several_chunks)
+      : grad_(torch::stable::new_empty(weight, weight.sizes())) {
+    if (several_chunks && weight.scalar_type() == ScalarType::BFloat16)
+      sum_ = torch::stable::new_zeros(weight, weight.sizes(), ScalarType::Float);
+  }
+
+  void add(const Tensor &grad_logits, const Tensor &rows) {
+    const Tensor left = transposed(grad_logits);
+    if (first_ || sum_.has_value())
+      mm_out(grad_, left, rows);
+    else
+      addmm_out(grad_, grad_, left, rows);
+    first_ = false;
+    if (!sum_.has_value())
+      return;
+    each_part([](const cpu::LinearCrossEntropyKernels &kernels, float *sum, cpu::bf16 *product,
+                 int64_t n) { kernels.accumulate(sum, product, n); });
+  }
+
+  Tensor result() {
+    if (first_)
+      torch::stable::zero_(grad_);
+    else if (sum_.has_value())
+      each_part([](const cpu::LinearCrossEntropyKernels &kernels, float *sum, cpu::bf16 *out,
+                   int64_t n) { kernels.round(out, sum, n); });
+    return grad_;
+  }
+
+private:
+  template <class Work> void each_part(Work work) {
+    float *sum = static_cast<float *>(sum_->mutable_data_ptr());
+    cpu::bf16 *grad = static_cast<cpu::bf16 *>(grad_.mutable_data_ptr());
+    const cpu::LinearCrossEntropyKernels &kernels = *cpu_kernels().linear_cross_entropy;
+    torch::stable::parallel_for(0, grad_.numel(), 65536, [&](int64_t begin, int64_t end) {
+      work(kernels, sum + begin, grad + begin, end - begin);
+    });
+  }
+
+  Tensor grad_;
+  std::optional<Tensor> sum_;
+  bool first_ = true;
+};
+
+// Runs the kernel on a chunk. Blocks of rows, whose number depends only on that of the rows, sum
+// the bias gradient on their own, so that the threads do not show in it.
+void loss_of_rows(const Tensor &logits, const int64_t *targets, const cpu::CrossEntropy &loss,
+                  double *losses, const std::optional<Tensor> &bias_sums) {
+  const int64_t rows = logits.size(0), V = logits.size(1);
+  const int64_t blocks = std::min<int64_t>(64, (rows + 7) / 8);
+  const cpu::Kernels &kernels = cpu_kernels();
+  std::optional<Tensor> partial;
+  if (bias_sums.has_value())
+    partial = torch::stable::new_empty(*bias_sums, {blocks, V});
+  float *partial_data =
+      partial.has_value() ? static_cast<float *>(partial->mutable_data_ptr()) : nullptr;
+  void *data = logits.mutable_data_ptr();
+  const bool is_f32 = logits.scalar_type() == ScalarType::Float;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+      float *sums = partial_data ? partial_data + block * V : nullptr;
+      if (sums)
+        std::fill(sums, sums + V, 0.0f);
+      if (is_f32)
+        kernels.linear_cross_entropy->rows_f32(static_cast<float *>(data) + first * V,
+                                               targets + first, count, loss, losses + first, sums);
+      else
+        kernels.linear_cross_entropy->rows_bf16(static_cast<cpu::bf16 *>(data) + first * V,
+                                                targets + first, count, loss, losses + first, sums);
+    }
+  });
+  if (!partial.has_value())
+    return;
+  float *sums = static_cast<float *>(bias_sums->mutable_data_ptr());
+  torch::stable::parallel_for(0, V, 4096, [&](int64_t begin, int64_t end) {
+    kernels.linear->column_sums_f32(sums + begin, partial_data + begin, blocks, end - begin, V);
+  });
+}
+
+void check(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias,
+           const Tensor &targets) {
+  const char *op = "linear_cross_entropy_fwd";
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
+                  ": x must be float32 or bfloat16");
+  STD_TORCH_CHECK(weight.scalar_type() == dtype, op, ": x and weight must have one dtype");
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.size(1) == x.size(1), op,
+                  ": x must be (N, C) and weight (V, C)");
+  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)), op,
+                  ": bias must be (V,)");
+  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.dim() == 1 &&
+                      targets.size(0) == x.size(0),
+                  op, ": targets must be int64 (N,)");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd_cpu(
+    const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias, const Tensor &targets,
+    int64_t ignore_index, double label_smoothing, double z_loss, bool mean, bool needs_grad) {
+  check(x, weight, bias, targets);
+  const int64_t N = x.size(0), C = x.size(1), V = weight.size(0);
+  const Counted counted = counted_rows(targets, ignore_index, V);
+  const int64_t count = static_cast<int64_t>(counted.rows.size());
+  const bool all = count == N;
+
+  Tensor rows = torch::stable::contiguous(x);
+  if (!all) {
+    const Tensor gathered = torch::stable::new_empty(x, {count, C});
+    copy_rows(
+        gathered, [](int64_t i) { return i; }, rows, [&](int64_t i) { return counted.rows[i]; },
+        count);
+    rows = gathered;
+  }
+  std::optional<Tensor> wide_bias, bias_sums;
+  if (bias.has_value()) {
+    wide_bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+    if (needs_grad)
+      bias_sums = torch::stable::new_zeros(x, {V}, ScalarType::Float);
+  }
+  cpu::CrossEntropy loss{};
+  loss.bias = bias.has_value() ? static_cast<const float *>(wide_bias->const_data_ptr()) : nullptr;
+  loss.vocabulary = V;
+  loss.label_smoothing = label_smoothing;
+  loss.z_loss = z_loss;
+  loss.share = mean ? 1.0 / static_cast<double>(std::max<int64_t>(count, 1)) : 1.0;
+  loss.needs_grad = needs_grad;
+
+  // Chunks of one size, but for a row more or less.
+  const int64_t logits_bytes = V * static_cast<int64_t>(x.element_size());
+  const int64_t most = std::max(kLeastRows, kChunkBytes / std::max<int64_t>(logits_bytes, 1));
+  const int64_t chunks = (count + most - 1) / most;
+  const int64_t longest = chunks ? (count + chunks - 1) / chunks : 0;
+  const KeptBlock block(longest * logits_bytes);
+  const Tensor grad_rows = torch::stable::new_empty(x, {needs_grad ? count : 0, C});
+  std::optional<WeightGradient> grad_weight;
+  if (needs_grad)
+    grad_weight.emplace(weight, chunks > 1);
+  std::vector<double> losses(static_cast<size_t>(count));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = count * chunk / chunks;
+    const int64_t size = count * (chunk + 1) / chunks - first;
+    const Tensor chunk_rows = rows_of(rows, first, size);
+    const Tensor chunk_logits = block.as_matrix(size, V, x);
+    mm_out(chunk_logits, chunk_rows, transposed(weight));
+    loss_of_rows(chunk_logits, counted.targets.data() + first, loss, losses.data() + first,
+                 bias_sums);
+    if (needs_grad) {
+      mm_out(rows_of(grad_rows, first, size), chunk_logits, weight);
+      grad_weight->add(chunk_logits, chunk_rows);
+    }
+  }
+
+  double total = 0.0;
+  for (const double one : losses)
+    total += one;
+  const Tensor result = torch::stable::new_empty(x, {}, ScalarType::Float);
+  *static_cast<float *>(result.mutable_data_ptr()) = static_cast<float>(total * loss.share);
+  const Tensor none = torch::stable::new_empty(x, {0});
+  if (!needs_grad)
+    return {result, none, torch::stable::new_empty(x, {0}), torch::stable::new_empty(x, {0})};
+  Tensor grad_x = grad_rows;
+  if (!all) {
+    grad_x = torch::stable::new_zeros(x, {N, C});
+    copy_rows(
+        grad_x, [&](int64_t i) { return counted.rows[i]; }, grad_rows, [](int64_t i) { return i; },
+        count);
+  }
+  return {result, grad_x, grad_weight->result(),
+          bias.has_value() ? torch::stable::to(*bias_sums, bias->scalar_type()) : none};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
+  m.impl("linear_cross_entropy_fwd.cpu", TORCH_BOX(&linear_cross_entropy_fwd_cpu));
+}
+
+} // namespace fastformer
