@@ -26,6 +26,9 @@ BACKENDS = {
     "dropout": (*REFERENCE, ("cpu", "cpu"), ("cuda", "cuda")),
 }
 
+# Those of the C++ kernels for the CPU; a test in another dtype has it as a parameter.
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+
 # A GPU machine may have torch and pytest and no network: what needs more is left out there.
 _TRAIN_PACKAGES = ("hypothesis", "matplotlib", "PIL", "rich", "sklearn", "tokenizers", "tyro")
 _MISSING = [name for name in _TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
@@ -58,6 +61,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs an NVIDIA GPU and a CUDA build of torch")
         if name in ("cpu", "cuda") and _library.WHY_NOT is not None:
             pytest.skip(_library.WHY_NOT)
+        dtype = item.callspec.params.get("dtype", torch.float32)
+        if name == "cpu" and item.module.OP != "dropout" and dtype not in CPU_DTYPES:
+            pytest.skip("the C++ kernels for the CPU take float32 and bfloat16")
 
 
 @pytest.fixture

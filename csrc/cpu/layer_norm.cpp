@@ -142,7 +142,7 @@ FASTFORMER_INLINE void backward_rows(const LayerNormBackward &a, int64_t row, in
         const Vec xhat = (load(rows + at, n) - of[r].mean) * of[r].rstd;
         for_weight = fma(g, xhat, for_weight);
         for_bias += g;
-        const Vec centred = fma(xhat, splat(-of[r].grad_xhat), g * weight - of[r].grad);
+        const Vec centred = fma(xhat, splat(-of[r].grad_xhat), unfused(g * weight) - of[r].grad);
         const Vec passed = grad_stream ? load(grad_stream + at, n) : zero();
         const Vec d = fma(centred, splat(of[r].rstd), passed);
         store(grad_rows + at, d, n);

@@ -84,6 +84,17 @@ FASTFORMER_INLINE Vec min(Vec a, Vec b) {
 #endif
 }
 
+// `v` as it is: a product that is subtracted from an equal one shall leave 0, not the rounding
+// error that is left when the compiler fuses the second with the subtraction.
+FASTFORMER_INLINE Vec unfused(Vec v) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#else
+  __asm__("" : "+m"(v));
+#endif
+  return v;
+}
+
 // The lanes of `a` where `mask` has all bits set, zero where it has none.
 FASTFORMER_INLINE Vec keep_where(IntVec mask, Vec a) { return bits<Vec>(bits<IntVec>(a) & mask); }
 

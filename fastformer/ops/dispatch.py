@@ -136,9 +136,11 @@ def _refuse_native(op: str, key: str) -> Callable[..., str | None]:
         if _device_type(args) != key:
             return f"it takes {key} tensors, these are on {_device_type(args)}"
         for arg in args if key == "cpu" else ():
-            if isinstance(arg, torch.Tensor) and arg.is_floating_point():
-                if arg.dtype not in (torch.float32, torch.bfloat16):
-                    return f"it takes float32 and bfloat16, got {str(arg.dtype)[6:]}"
+            # Result dtypes, too: float16 autocast asks for it on float32 inputs.
+            dtype = arg.dtype if isinstance(arg, torch.Tensor) else arg
+            floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+            if floating and dtype not in (torch.float32, torch.bfloat16):
+                return f"it takes float32 and bfloat16, got {str(dtype)[6:]}"
         if _library.WHY_NOT is not None:
             return _library.WHY_NOT
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key):
