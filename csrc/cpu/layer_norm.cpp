@@ -9,6 +9,10 @@ namespace {
 
 constexpr int kUnroll = 4;
 
+// Rows of the backward pass whose columns are walked together, so that sums over rows stay in
+// registers; few, as each has five streams of memory.
+constexpr int kRowsTogether = 4;
+
 FASTFORMER_INLINE float total(const Vec (&sums)[kUnroll]) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
@@ -35,7 +39,7 @@ FASTFORMER_INLINE float add_row(S *out, const X *x, const S *residual, int64_t C
         sums[i] += as_stored<S>(v);
       });
     } else {
-      draw_keep(keep, dropout, row, begin);
+      draw_keep(keep, dropout, row, begin, end);
       for_each_vec<kUnroll>(begin, end, [&](int64_t j, auto n, int i) {
         const Vec kept = keep_where(load_mask(keep + j - begin), load(x + j, n));
         const Vec v = fma(kept, scale, load(residual + j, n));
@@ -112,7 +116,7 @@ template <bool kAdd, class X, class S, class G>
 FASTFORMER_INLINE void backward_rows(const LayerNormBackward &a, int64_t row, int count,
                                      float *sums, bool first) {
   const int64_t C = a.C;
-  RowStatistics of[kRows];
+  RowStatistics of[kRowsTogether];
   for (int r = 0; r < count; ++r)
     of[r] = row_statistics<G, S>(a, row + r);
   const G *grad = static_cast<const G *>(a.grad_normed) + row * C;
@@ -121,14 +125,14 @@ FASTFORMER_INLINE void backward_rows(const LayerNormBackward &a, int64_t row, in
   grad_stream += grad_stream ? row * C : 0;
   S *grad_rows = static_cast<S *>(a.grad_rows) + row * C;
   X *grad_x = kAdd ? static_cast<X *>(a.grad_x) + row * C : nullptr;
-  uint8_t keep[kRows][kKeepCols];
+  uint8_t keep[kRowsTogether][kKeepCols];
   const Vec scale = splat(a.dropout.scale);
   const bool drops = kAdd && a.dropout.threshold != 0;
   const int64_t chunk = chunk_size(a.dropout, C);
   for (int64_t begin = 0; begin < C; begin += chunk) {
     const int64_t end = C - begin < chunk ? C : begin + chunk;
     for (int r = 0; r < count && drops; ++r)
-      draw_keep(keep[r], a.dropout, row + r, begin);
+      draw_keep(keep[r], a.dropout, row + r, begin, end);
     for_each_vec(begin, end, [&](int64_t j, auto n, int) {
       Vec for_weight = zero(), for_bias = zero();
       const Vec weight = load(a.weight + j, n);
@@ -138,7 +142,7 @@ FASTFORMER_INLINE void backward_rows(const LayerNormBackward &a, int64_t row, in
         const Vec xhat = (load(rows + at, n) - of[r].mean) * of[r].rstd;
         for_weight = fma(g, xhat, for_weight);
         for_bias += g;
-        const Vec centred = fma(xhat, splat(-of[r].grad_xhat), g * weight - of[r].grad);
+        const Vec centred = fma(xhat, splat(-of[r].grad_xhat), unfused(g * weight) - of[r].grad);
         const Vec passed = grad_stream ? load(grad_stream + at, n) : zero();
         const Vec d = fma(centred, splat(of[r].rstd), passed);
         store(grad_rows + at, d, n);
@@ -159,8 +163,8 @@ void backward(const LayerNormBackward &a, int64_t begin, int64_t end) {
     float *sums = a.partials + block * 2 * a.C;
     const int64_t first = block * a.rows_per_block;
     const int64_t last = a.N - first < a.rows_per_block ? a.N : first + a.rows_per_block;
-    for (int64_t row = first; row < last; row += kRows) {
-      const int count = last - row < kRows ? static_cast<int>(last - row) : kRows;
+    for (int64_t row = first; row < last; row += kRowsTogether) {
+      const int count = last - row < kRowsTogether ? static_cast<int>(last - row) : kRowsTogether;
       backward_rows<kAdd, X, S, G>(a, row, count, sums, row == first);
     }
   }

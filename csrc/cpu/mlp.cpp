@@ -20,14 +20,14 @@ void gelu_fwd(const GeluForward &a, int64_t row_begin, int64_t row_end) {
     for (int64_t begin = 0; begin < a.F; begin += chunk) {
       const int64_t end = a.F - begin < chunk ? a.F : begin + chunk;
       if (drops)
-        draw_keep(keep, a.dropout, row, begin);
+        draw_keep(keep, a.dropout, row, begin, end);
       for_each_vec(begin, end, [&](int64_t j, auto n, int) {
         Vec x = load(pre + j, n);
         if (a.bias) {
           x += load(a.bias + j, n);
           store(pre + j, x, n);
         }
-        Vec y = gelu(x, gelu_tail<T, kTanh>(x));
+        Vec y = gelu<T, kTanh>(x);
         if (drops)
           y = keep_where(load_mask(keep + j - begin), y) * scale;
         store(hidden + j, y, n);
@@ -49,11 +49,10 @@ FASTFORMER_INLINE void gelu_bwd_row(const GeluBackward &a, int64_t row, float *g
   for (int64_t begin = 0; begin < a.F; begin += chunk) {
     const int64_t end = a.F - begin < chunk ? a.F : begin + chunk;
     if (drops)
-      draw_keep(keep, a.dropout, row, begin);
+      draw_keep(keep, a.dropout, row, begin, end);
     for_each_vec(begin, end, [&](int64_t j, auto n, int) {
-      const Vec x = load(pre + j, n);
-      const GeluTail tail = gelu_tail<T, kTanh>(x);
-      Vec y = gelu(x, tail), d = load(grad + j, n) * gelu_slope(x, tail);
+      const GeluAndSlope at = gelu_and_slope<T, kTanh>(load(pre + j, n));
+      Vec y = at.value, d = load(grad + j, n) * at.slope;
       if (drops) {
         const IntVec mask = load_mask(keep + j - begin);
         y = keep_where(mask, y) * scale;

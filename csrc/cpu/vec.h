@@ -84,6 +84,17 @@ FASTFORMER_INLINE Vec min(Vec a, Vec b) {
 #endif
 }
 
+// `v` as it is: a product that is subtracted from an equal one shall leave 0, not the rounding
+// error that is left when the compiler fuses the second with the subtraction.
+FASTFORMER_INLINE Vec unfused(Vec v) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#else
+  __asm__("" : "+m"(v));
+#endif
+  return v;
+}
+
 // The lanes of `a` where `mask` has all bits set, zero where it has none.
 FASTFORMER_INLINE Vec keep_where(IntVec mask, Vec a) { return bits<Vec>(bits<IntVec>(a) & mask); }
 
@@ -95,6 +106,15 @@ FASTFORMER_INLINE Vec reciprocal(Vec x) {
 #else
   return 1.0f / x;
 #endif
+}
+
+// a / b, to the 14 bits of the hardware's estimate where T is bfloat16.
+template <class T> FASTFORMER_INLINE Vec divide(Vec a, Vec b) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(T) == 2)
+    return a * (Vec)_mm512_rcp14_ps((__m512)b);
+#endif
+  return a / b;
 }
 
 FASTFORMER_INLINE float sum(Vec v) {
@@ -130,26 +150,30 @@ template <int N> FASTFORMER_INLINE Vec polynomial(Vec x, const float (&p)[N]) {
   return y;
 }
 
-// 2^x. Degree 5 errs by 8e-8, about float32's rounding; degree 4, by 3e-6, serves values that are
-// rounded to bfloat16. From 2^-126 down the result is denormal or 0, or clamped where the hardware
-// has no scaling instruction; above 2^127 it is infinite or clamped.
+// 2^x. Degree 5 errs by 8e-8, about float32's rounding; degree 4, by 3e-6, and degree 3, by 7e-5,
+// serve values that are rounded to bfloat16. From 2^-126 down the result is denormal or 0, or
+// clamped where the hardware has no scaling instruction; above 2^127 it is infinite or clamped.
 template <int kDegree = 5> FASTFORMER_INLINE Vec exp2(Vec x) {
-  static_assert(kDegree == 4 || kDegree == 5, "only these are fitted");
+  static_assert(kDegree >= 3 && kDegree <= 5, "only these are fitted");
   static const float p5[] = {1.0f,          0.693146944f,   0.240221202f,
                              0.0555071309f, 0.00967554096f, 0.00132764713f};
   static const float p4[] = {0.999999285f, 0.693121791f, 0.240247443f, 0.0559178591f,
                              0.0095701013f};
+  static const float p3[] = {0.999928057f, 0.693260968f, 0.242611125f, 0.0551716611f};
+  const auto fitted = [](Vec f) {
+    return kDegree == 5 ? polynomial(f, p5) : kDegree == 4 ? polynomial(f, p4) : polynomial(f, p3);
+  };
 #if defined(__AVX512BW__)
   const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec f = x - (Vec)n;
-  const Vec y = kDegree == 5 ? polynomial(f, p5) : polynomial(f, p4);
+  const Vec y = fitted(f);
   return (Vec)_mm512_scalef_ps((__m512)y, n);
 #else
   x = min(splat(127.0f), max(splat(-126.0f), x)); // in this order NaN stays
   const Vec magic = splat(12582912.0f);           // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
-  const Vec y = kDegree == 5 ? polynomial(f, p5) : polynomial(f, p4);
+  const Vec y = fitted(f);
   return bits<Vec>(bits<IntVec>(y) + (bits<IntVec>(shifted) << 23));
 #endif
 }

@@ -1,15 +1,20 @@
 """LayerNorm alone and fused with the residual addition, against torch's and float64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import fastformer
+from fastformer import _library
 from fastformer.ops import add_layer_norm, dropout_mask, layer_norm
 
 OP = "layer_norm"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
-widths = pytest.mark.parametrize("C", [8, 127, 768, 1023])
+widths = pytest.mark.parametrize("C", [1, 8, 127, 768, 1023])
+compiled = pytest.mark.skipif(_library.WHY_NOT is not None, reason=str(_library.WHY_NOT))
 
 
 def affine(C, device):
@@ -98,6 +103,24 @@ def test_strides_do_not_matter(backend, layout):
     torch.testing.assert_close(view.grad, copy.grad)
 
 
+def test_strides_of_add_do_not_matter(backend):
+    shape = (6, 10, 33)
+    x, residual, weight, bias, grad, grad_total = (
+        torch.randn(*size, 2, device=backend)[..., 0]
+        for size in (shape, shape, (33,), (33,), shape, shape)
+    )
+    views = [x.transpose(0, 1), residual.transpose(0, 1), weight, bias]
+    leaves = [view.detach().requires_grad_() for view in views]
+    copies = [view.detach().contiguous().requires_grad_() for view in views]
+    grads = (grad.transpose(0, 1), grad_total.transpose(0, 1))
+    found, expected = add_layer_norm(*leaves), eager_add(*copies)
+    torch.autograd.backward(found, grads)
+    torch.autograd.backward(expected, grads)
+    torch.testing.assert_close(found, expected)
+    for leaf, copy in zip(leaves, copies, strict=True):
+        torch.testing.assert_close(leaf.grad, copy.grad)
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16)], ids=str)
 def test_no_rows(backend, shape):
     x = torch.randn(shape, device=backend, requires_grad=True)
@@ -117,10 +140,10 @@ def test_numerics_of_add(backend, check_numerics, rows, C, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
-def test_numerics_of_add_with_dropout(backend, check_numerics, dropout_p, dtype):
+@pytest.mark.parametrize(("dropout_p", "C"), [(0.1, 127), (0.5, 127), (0.1, 2100)])
+def test_numerics_of_add_with_dropout(backend, check_numerics, dropout_p, C, dtype):
     rng = torch.tensor([11, 2**35], device=backend)
-    keep = dropout_mask(3 * 20, 127, dropout_p, rng, site=2).view(3, 20, 127)
+    keep = dropout_mask(3 * 20, C, dropout_p, rng, site=2).view(3, 20, C)
 
     def ours(**tensors):
         return add_layer_norm(**tensors, dropout_p=dropout_p, rng=rng, site=2)
@@ -128,8 +151,8 @@ def test_numerics_of_add_with_dropout(backend, check_numerics, dropout_p, dtype)
     def peer(**tensors):
         return eager_add(**tensors, keep=keep, dropout_p=dropout_p)
 
-    values = {name: torch.randn(3, 20, 127, device=backend) for name in ("x", "residual")}
-    check_numerics(ours, peer, dtype, values | affine(127, backend))
+    values = {name: torch.randn(3, 20, C, device=backend) for name in ("x", "residual")}
+    check_numerics(ours, peer, dtype, values | affine(C, backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -157,6 +180,60 @@ def test_a_float32_residual_stays_float32_beside_lower_precision(
     check_numerics(ours, peer, dtype, values | affine(768, backend), kept=kept)
 
 
+@compiled
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "dtypes",
+    list(itertools.product((torch.float32, torch.bfloat16), repeat=4)),
+    ids=lambda dtypes: "-".join(str(dtype)[6:] for dtype in dtypes),
+)
+def test_every_mix_of_dtypes(dtypes, dropout_p):
+    """Branch, residual, weights and result each in float32 or bfloat16, against the reference in
+    float64: no error but the rounding of what is stored."""
+    of_x, of_residual, of_weight, of_normed = dtypes
+    N, C = 70, 50
+    raw = torch.ops.fastformer
+    x, residual, normed = torch.randn(N, C), torch.randn(N, C), torch.randn(N, C)
+    x, residual, grad_normed = x.to(of_x), residual.to(of_residual), normed.to(of_normed)
+    grad_total = torch.randn(N, C).to(of_residual)
+    weight, bias = (p.to(of_weight) for p in affine(C, "cpu").values())
+    drop = (dropout_p, torch.tensor([3, 4]) if dropout_p else None, 5)
+    with fastformer.backend("cpu"):
+        outs = raw.add_layer_norm_fwd(x, residual, weight, bias, 1e-5, of_normed, *drop)
+        _, total, mean, rstd = outs
+        alone = raw.layer_norm_fwd(total, weight, bias, 1e-5, of_normed)
+        saved = (total, weight, mean, rstd)
+        grads = raw.add_layer_norm_bwd(grad_normed, grad_total, *saved, of_x, *drop)
+        grads_alone = raw.layer_norm_bwd(grad_normed, *saved)
+    double = torch.float64
+    with fastformer.backend("reference"):
+        exact = raw.add_layer_norm_fwd(
+            x.double(), residual.double(), weight.double(), bias.double(), 1e-5, double, *drop
+        )
+        exact_alone = raw.layer_norm_fwd(
+            total.double(), weight.double(), bias.double(), 1e-5, double
+        )
+        saved = (total.double(), weight.double(), *exact_alone[1:])
+        exact_grads = raw.add_layer_norm_bwd(
+            grad_normed.double(), grad_total.double(), *saved, double, *drop
+        )
+        exact_grads_alone = raw.layer_norm_bwd(grad_normed.double(), *saved)
+
+    float_ = torch.float32
+    stored = (of_normed, of_residual, float_, float_)
+    stored_grads = (of_x, of_residual, of_weight, of_weight)
+    # The statistics and the result follow the sum as it was stored, not the exact one.
+    for found, expected, dtype in (
+        *zip(outs, (exact_alone[0], exact[1], *exact_alone[1:]), stored, strict=True),
+        *zip(alone, exact_alone, (of_normed, float_, float_), strict=True),
+        *zip(grads, exact_grads, stored_grads, strict=True),
+        *zip(grads_alone, exact_grads_alone, stored_grads[1:], strict=True),
+    ):
+        assert found.dtype == dtype
+        rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=1e-5)
+
+
 @pytest.mark.parametrize("used", ["normed", "total"])
 def test_add_when_only_one_result_is_used(backend, used):
     """A post-norm block drops the sum; a loss on the stream drops the normed rows."""
@@ -182,12 +259,12 @@ def test_the_gradients_of_branch_and_residual_do_not_share_memory(backend):
     assert grad_residual.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64], ids=["float64"])
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
-def test_gradcheck(backend, has_bias):
-    weight, bias = (p.double().requires_grad_() for p in affine(7, backend).values())
+def test_gradcheck(backend, has_bias, dtype):
+    weight, bias = (p.to(dtype).requires_grad_() for p in affine(7, backend).values())
     x, residual = (
-        torch.randn(2, 3, 7, dtype=torch.float64, device=backend, requires_grad=True)
-        for _ in range(2)
+        torch.randn(2, 3, 7, dtype=dtype, device=backend, requires_grad=True) for _ in range(2)
     )
     bias = bias if has_bias else None
     rng = torch.tensor([5, 6], device=backend)
@@ -223,3 +300,23 @@ def test_the_same_inputs_give_the_same_bits(backend, dtype):
         loss = sum(out.float().square().sum() for out in outs)
         runs.append((*outs, *torch.autograd.grad(loss, (x, weight, bias))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(1, 8), (65, 127), (999, 127), (5000, 8)], ids=str)
+def test_the_number_of_threads_does_not_change_a_bit(shape):
+    x, residual = torch.randn(shape), torch.randn(shape)
+    leaves = [t.requires_grad_() for t in (x, residual, *affine(shape[-1], "cpu").values())]
+    rng = torch.tensor([1, 2])
+    runs = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with fastformer.backend("cpu"):
+                outs = add_layer_norm(*leaves, dropout_p=0.1, rng=rng)
+                runs.append((*outs, *torch.autograd.grad(outs, leaves, outs)))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
