@@ -60,7 +60,7 @@ def test_no_sanitizer_complains(run, instrumented, make_venv, isa) -> None:
         environment["FASTFORMER_CPU_ISA"] = isa
     # -s: a sanitizer ends the process, and with it what pytest has captured.
     pytest_there = ("-m", "pytest", "-sv", "--no-header", "-p", "no:cacheprovider")
-    tests = ("-k", "cpu-cpu", "tests/ops")
+    tests = ("-k", "cpu-cpu or test_fuzz or test_raw", "tests/ops")
     result = run(make_venv(), *pytest_there, *tests, cwd=instrumented, **environment)
     lines = (result.stdout + result.stderr).splitlines()
     told = "\n".join([line for line in lines if not FOREIGN_FRAME.match(line)][-60:])
