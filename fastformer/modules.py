@@ -1,4 +1,4 @@
-"""Attention, LayerNorm, MLP and Block: thin nn.Modules that own parameters and call the ops.
+"""Linear, LayerNorm, Attention, MLP and Block: nn.Modules that own parameters and call the ops.
 
 There is no mathematics here. What the modules add is the fused order of a block: each residual
 addition is done by the LayerNorm that follows it, so a block hands over (branch, residual), the
@@ -45,6 +45,14 @@ class KeyValueCache:
         self._values[:, self.length : end] = v
         self.length = end
         return self._keys[:, :end], self._values[:, :end]
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear, run by the op `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., C) to (..., C_out)."""
+        return ops.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -147,8 +155,8 @@ class Attention(nn.Module):
                 "Attention: a Linformer projection mixes tokens, so it cannot be causal"
             )
         self.heads, self.causal, self.dropout, self.site = heads, causal, dropout, site
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.out = Linear(dim, dim)
         self.project_k = nn.Parameter(torch.empty(linformer)) if linformer else None
         self.project_v = nn.Parameter(torch.empty(linformer)) if linformer else None
         for projection in (self.project_k, self.project_v):
@@ -173,7 +181,19 @@ class Attention(nn.Module):
         if packing is not None:
             return self._attend_packed(x, packing, rng)
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).unbind(2)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
+        dropout_p = self.dropout if self.training else 0.0
+        if cache is None and self.project_k is None:
+            out = ops.attention_qkvpacked(
+                qkv,
+                causal=self.causal,
+                dropout_p=dropout_p,
+                key_lengths=key_lengths,
+                rng=rng,
+                site=self.site,
+            )
+            return self.out(out.reshape(B, T, C))
+        q, k, v = qkv.unbind(2)
         if cache is not None:
             k, v = cache.append(k, v)
         if self.project_k is not None and self.project_v is not None:
@@ -184,7 +204,7 @@ class Attention(nn.Module):
             k,
             v,
             causal=self.causal,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout_p,
             key_lengths=key_lengths,
             rng=rng,
             site=self.site,
@@ -193,14 +213,9 @@ class Attention(nn.Module):
 
     def _attend_packed(self, x: Tensor, packing: Packing, rng: Tensor | None) -> Tensor:
         N, C = x.shape
-        q, k, v = self.qkv(x).view(N, 3, self.heads, C // self.heads).unbind(1)
-        out = ops.attention_varlen(
-            q,
-            k,
-            v,
+        out = ops.attention_varlen_qkvpacked(
+            self.qkv(x).view(N, 3, self.heads, C // self.heads),
             packing.cu_seqlens,
-            packing.cu_seqlens,
-            packing.max_seqlen,
             packing.max_seqlen,
             causal=self.causal,
             dropout_p=self.dropout if self.training else 0.0,

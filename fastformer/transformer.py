@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastformer import ops
-from fastformer.modules import Block, KeyValueCache, LayerNorm, Packing, last_site
+from fastformer.modules import Block, KeyValueCache, LayerNorm, Linear, Packing, last_site
 
 IGNORE_INDEX = -100
 
@@ -294,14 +294,14 @@ class _LanguageModel(_Model):
         self.embedding = TextEmbedding(config)
         self.head_transform = (
             nn.Sequential(
-                nn.Linear(config.dim, config.dim),
+                Linear(config.dim, config.dim),
                 nn.GELU("tanh" if config.activation == "gelu_tanh" else "none"),
                 LayerNorm(config.dim, eps=config.eps),
             )
             if config.head_transform
             else nn.Identity()
         )
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=config.head_bias)
+        self.head = Linear(config.dim, config.vocab_size, bias=config.head_bias)
         if config.tied_head:
             self.head.weight = self.embedding.token.weight
         _init_weights(self)
@@ -509,7 +509,7 @@ class ViT(_Model):
             raise ValueError("ViT: an encoder sees the whole image; set causal=False")
         super().__init__(config)
         self.embedding = ImageEmbedding(config)
-        self.head = nn.Linear(config.dim, config.num_classes)
+        self.head = Linear(config.dim, config.num_classes)
         _init_weights(self)
 
     def hidden(self, images: Tensor, *, rng: Tensor | None = None) -> Tensor:

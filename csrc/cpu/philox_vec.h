@@ -4,6 +4,7 @@
 // there with anything above it, and a round is two multiplies, two shifts and four exclusive ors.
 // Two such half-filled sets (even and odd draws) make one set of full words at the end.
 #pragma once
+#include "cpu/dropout.h"
 #include "philox.h"
 
 #if defined(__AVX2__)
@@ -16,55 +17,55 @@ namespace {
 #if defined(__AVX512BW__)
 
 constexpr int kDraws = 16;
-using Vec = __m512i;
+using Words = __m512i;
 
-inline Vec broadcast(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-inline Vec broadcast16(uint32_t x) { return _mm512_set1_epi16(static_cast<short>(x)); }
-inline Vec add(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
-inline Vec mul(Vec a, Vec b) { return _mm512_mul_epu32(a, b); }
-inline Vec high(Vec a) { return _mm512_srli_epi64(a, 32); }
-inline Vec xor3(Vec a, Vec b, Vec c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
-inline Vec interleave(Vec even, Vec odd) {
+inline Words broadcast(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+inline Words broadcast16(uint32_t x) { return _mm512_set1_epi16(static_cast<short>(x)); }
+inline Words add(Words a, Words b) { return _mm512_add_epi32(a, b); }
+inline Words mul(Words a, Words b) { return _mm512_mul_epu32(a, b); }
+inline Words high(Words a) { return _mm512_srli_epi64(a, 32); }
+inline Words xor3(Words a, Words b, Words c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+inline Words interleave(Words even, Words odd) {
   return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
 }
 // The even draws, in an order for which store_keep writes its two halves where they belong.
-inline Vec even_draws() {
+inline Words even_draws() {
   return _mm512_set_epi32(0, 14, 0, 6, 0, 12, 0, 4, 0, 10, 0, 2, 0, 8, 0, 0);
 }
-inline Vec at_least(Vec a, Vec b) { return _mm512_movm_epi16(_mm512_cmpge_epu16_mask(a, b)); }
-inline Vec low32(Vec a, Vec b) { return _mm512_unpacklo_epi32(a, b); }
-inline Vec high32(Vec a, Vec b) { return _mm512_unpackhi_epi32(a, b); }
-inline Vec pack64(Vec a, Vec b) {
+inline Words at_least(Words a, Words b) { return _mm512_movm_epi16(_mm512_cmpge_epu16_mask(a, b)); }
+inline Words low32(Words a, Words b) { return _mm512_unpacklo_epi32(a, b); }
+inline Words high32(Words a, Words b) { return _mm512_unpackhi_epi32(a, b); }
+inline Words pack64(Words a, Words b) {
   return _mm512_packs_epi16(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
-inline void store_bools(uint8_t *out, Vec mask) {
-  _mm512_storeu_si512(out, _mm512_and_si512(mask, _mm512_set1_epi8(1)));
+inline void store_bytes(uint8_t *out, Words mask, uint8_t byte) {
+  _mm512_storeu_si512(out, _mm512_and_si512(mask, _mm512_set1_epi8(static_cast<char>(byte))));
 }
 
 #elif defined(__AVX2__)
 
 constexpr int kDraws = 8;
-using Vec = __m256i;
+using Words = __m256i;
 
-inline Vec broadcast(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
-inline Vec broadcast16(uint32_t x) { return _mm256_set1_epi16(static_cast<short>(x)); }
-inline Vec add(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
-inline Vec mul(Vec a, Vec b) { return _mm256_mul_epu32(a, b); }
-inline Vec high(Vec a) { return _mm256_srli_epi64(a, 32); }
-inline Vec xor3(Vec a, Vec b, Vec c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-inline Vec interleave(Vec even, Vec odd) {
+inline Words broadcast(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+inline Words broadcast16(uint32_t x) { return _mm256_set1_epi16(static_cast<short>(x)); }
+inline Words add(Words a, Words b) { return _mm256_add_epi32(a, b); }
+inline Words mul(Words a, Words b) { return _mm256_mul_epu32(a, b); }
+inline Words high(Words a) { return _mm256_srli_epi64(a, 32); }
+inline Words xor3(Words a, Words b, Words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+inline Words interleave(Words even, Words odd) {
   return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
 }
-inline Vec even_draws() { return _mm256_set_epi32(0, 6, 0, 2, 0, 4, 0, 0); }
-inline Vec at_least(Vec a, Vec b) { return _mm256_cmpeq_epi16(_mm256_max_epu16(a, b), a); }
-inline Vec low32(Vec a, Vec b) { return _mm256_unpacklo_epi32(a, b); }
-inline Vec high32(Vec a, Vec b) { return _mm256_unpackhi_epi32(a, b); }
-inline Vec pack64(Vec a, Vec b) {
+inline Words even_draws() { return _mm256_set_epi32(0, 6, 0, 2, 0, 4, 0, 0); }
+inline Words at_least(Words a, Words b) { return _mm256_cmpeq_epi16(_mm256_max_epu16(a, b), a); }
+inline Words low32(Words a, Words b) { return _mm256_unpacklo_epi32(a, b); }
+inline Words high32(Words a, Words b) { return _mm256_unpackhi_epi32(a, b); }
+inline Words pack64(Words a, Words b) {
   return _mm256_packs_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
-inline void store_bools(uint8_t *out, Vec mask) {
-  const Vec bools = _mm256_and_si256(mask, _mm256_set1_epi8(1));
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), bools);
+inline void store_bytes(uint8_t *out, Words mask, uint8_t byte) {
+  const Words bytes = _mm256_and_si256(mask, _mm256_set1_epi8(static_cast<char>(byte)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), bytes);
 }
 
 #else
@@ -77,15 +78,15 @@ constexpr int kColsPerVec = kDraws * kColsPerDraw;
 
 #if defined(__AVX2__)
 
-struct VecWords {
-  Vec w[4];
+struct Draws {
+  Words w[4];
 };
 
-inline VecWords philox(uint64_t key, VecWords c) {
-  const Vec m0 = broadcast(kPhiloxM0), m1 = broadcast(kPhiloxM1);
+inline Draws philox(uint64_t key, Draws c) {
+  const Words m0 = broadcast(kPhiloxM0), m1 = broadcast(kPhiloxM1);
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const Vec p0 = mul(m0, c.w[0]), p1 = mul(m1, c.w[2]);
+    const Words p0 = mul(m0, c.w[0]), p1 = mul(m1, c.w[2]);
     c = {{xor3(high(p1), c.w[1], broadcast(k0)), p1, xor3(high(p0), c.w[3], broadcast(k1)), p0}};
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
@@ -93,32 +94,46 @@ inline VecWords philox(uint64_t key, VecWords c) {
   return c;
 }
 
-// Writes kColsPerVec bytes, 1 where the element is kept, from column 8 * col_group on.
+// Writes kColsPerVec bytes, kKept where the element is kept and else 0, from column 8 * col_group
+// on.
+template <uint8_t kKept = 1>
 inline void store_keep(uint8_t *out, uint64_t seed, uint64_t stream, uint32_t row,
                        uint32_t col_group, uint32_t threshold) {
-  const Vec c1 = broadcast(row), c2 = broadcast(static_cast<uint32_t>(stream)),
-            c3 = broadcast(static_cast<uint32_t>(stream >> 32));
-  const Vec groups = add(even_draws(), broadcast(col_group));
-  const VecWords even = philox(seed, {{groups, c1, c2, c3}});
-  const VecWords odd = philox(seed, {{add(groups, broadcast(1)), c1, c2, c3}});
-  const Vec limit = broadcast16(threshold);
-  Vec keep[4];
+  const Words c1 = broadcast(row), c2 = broadcast(static_cast<uint32_t>(stream)),
+              c3 = broadcast(static_cast<uint32_t>(stream >> 32));
+  const Words groups = add(even_draws(), broadcast(col_group));
+  const Draws even = philox(seed, {{groups, c1, c2, c3}});
+  const Draws odd = philox(seed, {{add(groups, broadcast(1)), c1, c2, c3}});
+  const Words limit = broadcast16(threshold);
+  Words keep[4];
   for (int j = 0; j < 4; ++j)
     keep[j] = at_least(interleave(even.w[j], odd.w[j]), limit);
-  store_bools(out, pack64(low32(keep[0], keep[1]), low32(keep[2], keep[3])));
-  store_bools(out + sizeof(Vec), pack64(high32(keep[0], keep[1]), high32(keep[2], keep[3])));
+  store_bytes(out, pack64(low32(keep[0], keep[1]), low32(keep[2], keep[3])), kKept);
+  store_bytes(out + sizeof(Words), pack64(high32(keep[0], keep[1]), high32(keep[2], keep[3])),
+              kKept);
 }
 
 #else
 
+template <uint8_t kKept = 1>
 inline void store_keep(uint8_t *out, uint64_t seed, uint64_t stream, uint32_t row,
                        uint32_t col_group, uint32_t threshold) {
   const PhiloxWords draw = dropout_draw(seed, stream, row, col_group);
   for (int lane = 0; lane < kColsPerDraw; ++lane)
-    out[lane] = dropout_keep(draw, lane, threshold);
+    out[lane] = dropout_keep(draw, lane, threshold) ? kKept : 0;
 }
 
 #endif
+
+// The mask of kKeepCols neighbouring columns of one row, for load_mask of vec.h.
+constexpr int kKeepCols = kColsPerVec > 64 ? kColsPerVec : 64;
+
+inline void draw_keep(uint8_t (&keep)[kKeepCols], const Dropout &dropout, int64_t row,
+                      int64_t col) {
+  for (int i = 0; i < kKeepCols; i += kColsPerVec)
+    store_keep<0xff>(keep + i, dropout.seed, dropout.stream, static_cast<uint32_t>(row),
+                     static_cast<uint32_t>((col + i) / kColsPerDraw), dropout.threshold);
+}
 
 } // namespace
 } // namespace fastformer::cpu::FASTFORMER_ISA

@@ -266,6 +266,60 @@ template <class T> FASTFORMER_INLINE void store(T *p, Vec v, int64_t n) {
 #endif
 }
 
+// The value that reading back a stored `v` gives.
+template <class T> FASTFORMER_INLINE Vec as_stored(Vec v) {
+  if constexpr (sizeof(T) == 4) {
+    return v;
+  } else {
+    const HalfVec h = to_bf16(v);
+    return load(reinterpret_cast<const bf16 *>(&h));
+  }
+}
+
+// A mask for keep_where from kLanes bytes that are 0xff or 0.
+FASTFORMER_INLINE IntVec load_mask(const uint8_t *p) {
+#if defined(__AVX512BW__)
+  return (IntVec)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+#else
+  typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
+  ByteVec bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, IntVec);
+#endif
+}
+
+// ---- rows ----
+
+// Stands for a whole vector where the end of a row has a number of elements.
+struct Whole {};
+
+template <class T> FASTFORMER_INLINE Vec load(const T *p, Whole) { return load(p); }
+template <class T> FASTFORMER_INLINE void store(T *p, Vec v, Whole) { store(p, v); }
+
+FASTFORMER_INLINE Vec first_lanes(Vec v, Whole) { return v; }
+FASTFORMER_INLINE Vec first_lanes(Vec v, int64_t n) {
+  return keep_where(lane_numbers() < static_cast<int32_t>(n), v);
+}
+
+// Calls f(col, n, i) for each vector of the columns [begin, end), where n is Whole or how many
+// columns are left, and i counts from 0 to kUnroll - 1: sums kept apart by it do not wait for each
+// other.
+template <int kUnroll = 1, class F>
+FASTFORMER_INLINE void for_each_vec(int64_t begin, int64_t end, const F &f) {
+  int64_t col = begin;
+  if constexpr (kUnroll > 1)
+    for (; col + kUnroll * kLanes <= end; col += kUnroll * kLanes)
+#pragma GCC unroll 8
+      for (int i = 0; i < kUnroll; ++i)
+        f(col + i * kLanes, Whole{}, i);
+  for (; col + kLanes <= end; col += kLanes)
+    f(col, Whole{}, 0);
+  if (col < end)
+    f(col, end - col, 0);
+}
+
 FASTFORMER_INLINE float to_float(float x) { return x; }
 FASTFORMER_INLINE float to_float(bf16 x) {
   return bits<float>(static_cast<uint32_t>(x.bits) << 16);

@@ -1,9 +1,9 @@
-"""Softmax attention, causal or not, on padded batches and on packed sequences.
+"""Softmax attention, causal or not, on batches of equally long or padded sequences.
 
 The (T, S) score matrix is never stored: forward keeps one log-sum-exp per row and backward
 recomputes the weights from it (Dao et al., "FlashAttention", NeurIPS 2022, sections 3.1 and B).
 
-B batch, T query tokens, S key tokens, H heads, D head dim, N packed tokens.
+B batch, T query tokens, S key tokens, H heads, D head dim.
 """
 
 from __future__ import annotations
@@ -35,43 +35,39 @@ def _fwd_fake(
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=reference.accumulator(q.dtype))
 
 
-def _bwd_fake(
+def bwd_fake(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _varlen_fwd_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    N, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((H, N), dtype=reference.accumulator(q.dtype))
+def qkvpacked_bwd_fake(grad_out: Tensor, qkv: Tensor, *saved: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
 
 
-_SETTINGS = "bool causal, float scale, float dropout_p, Tensor? rng, int site"
-_LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+SETTINGS = "bool causal, float scale, float dropout_p, Tensor? rng, int site"
+
 
 dispatch.define(
-    f"attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, {_SETTINGS})"
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, {SETTINGS})"
     " -> (Tensor, Tensor)",
     reference=reference.attention_fwd,
     fake=_fwd_fake,
+    native=("cpu",),
 )
 dispatch.define(
     "attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    f" Tensor? key_lengths, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    f" Tensor? key_lengths, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.attention_bwd,
-    fake=_bwd_fake,
+    fake=bwd_fake,
+    native=("cpu",),
 )
 dispatch.define(
-    f"attention_varlen_fwd(Tensor q, Tensor k, Tensor v, {_LENGTHS}, {_SETTINGS})"
-    " -> (Tensor, Tensor)",
-    reference=reference.attention_varlen_fwd,
-    fake=_varlen_fwd_fake,
-)
-dispatch.define(
-    "attention_varlen_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    f" {_LENGTHS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
-    reference=reference.attention_varlen_bwd,
-    fake=_bwd_fake,
+    "attention_qkvpacked_bwd(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse,"
+    f" Tensor? key_lengths, {SETTINGS}) -> Tensor",
+    reference=reference.attention_qkvpacked_bwd,
+    fake=qkvpacked_bwd_fake,
+    native=("cpu",),
 )
 
 
@@ -107,42 +103,37 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-class _AttentionVarlen(torch.autograd.Function):
+class _AttentionQKVPacked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
+        qkv: Tensor,
+        key_lengths: Tensor | None,
         causal: bool,
         scale: float,
         dropout_p: float,
         rng: Tensor | None,
         site: int,
     ) -> Tensor:
-        ctx.settings = (max_seqlen_q, max_seqlen_k, causal, scale, dropout_p)
-        ctx.site = site
-        out, lse = torch.ops.fastformer.attention_varlen_fwd.default(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.settings, rng, site
+        out, lse = torch.ops.fastformer.attention_fwd.default(
+            *qkv.unbind(2), key_lengths, causal, scale, dropout_p, rng, site
         )
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rng)
+        ctx.save_for_backward(qkv, out, lse, key_lengths, rng)
+        ctx.settings = (causal, scale, dropout_p)
+        ctx.site = site
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, rng = ctx.saved_tensors
-        grads = torch.ops.fastformer.attention_varlen_bwd.default(
-            grad_out, *saved, *ctx.settings, rng, ctx.site
+        *saved, key_lengths, rng = ctx.saved_tensors
+        grad = torch.ops.fastformer.attention_qkvpacked_bwd.default(
+            grad_out, *saved, key_lengths, *ctx.settings, rng, ctx.site
         )
-        return *grads, None, None, None, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
-def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
     layout = "(B, tokens, H, D)" if dims == 4 else "(tokens, H, D)"
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != dims:
@@ -166,7 +157,7 @@ def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
         )
 
 
-def _check_lengths(op: str, name: str, lengths: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+def check_lengths(op: str, name: str, lengths: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     if lengths.dtype != torch.int32 or tuple(lengths.shape) != shape or lengths.device != q.device:
         raise ValueError(
             f"{op}: {name} must be int32 of shape {shape} on {q.device},"
@@ -174,7 +165,7 @@ def _check_lengths(op: str, name: str, lengths: Tensor, shape: tuple[int, ...], 
         )
 
 
-def _cast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cast_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = autocast_dtype(q)
     return (q, k, v) if dtype is None else (q.to(dtype), k.to(dtype), v.to(dtype))
 
@@ -191,10 +182,10 @@ def _prepare(
     rng: Tensor | None = None,
     site: int = 0,
 ) -> tuple[Any, ...]:
-    q, k, v = _cast(q, k, v)
-    _check_qkv("attention", q, k, v, dims=4)
+    q, k, v = cast_qkv(q, k, v)
+    check_qkv("attention", q, k, v, dims=4)
     if key_lengths is not None:
-        _check_lengths("attention", "key_lengths", key_lengths, (q.shape[0],), q)
+        check_lengths("attention", "key_lengths", key_lengths, (q.shape[0],), q)
     state = check_dropout("attention", dropout_p, rng, q)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     return q, k, v, key_lengths, causal, scale, float(dropout_p), state, site
@@ -244,80 +235,44 @@ def attention(
     return torch.ops.fastformer.attention_fwd.default(*args)[0]
 
 
-def _prepare_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+def check_packed(op: str, qkv: Tensor, layout: str) -> None:
+    if qkv.dim() != layout.count(",") + 1 or qkv.shape[-3] != 3:
+        raise ValueError(f"{op}: qkv must be {layout}, got shape {tuple(qkv.shape)}")
+
+
+def attention_qkvpacked(
+    qkv: Tensor,
     *,
     causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    rng: Tensor | None = None,
-    site: int = 0,
-) -> tuple[Any, ...]:
-    op = "attention_varlen"
-    q, k, v = _cast(q, k, v)
-    _check_qkv(op, q, k, v, dims=3)
-    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.numel() < 2:
-        raise ValueError(
-            f"{op}: cu_seqlens_q must hold the start of each sequence and the end of the last,"
-            f" got shape {tuple(cu_seqlens_q.shape)}"
-        )
-    count = (cu_seqlens_q.numel(),)
-    _check_lengths(op, "cu_seqlens_q", cu_seqlens_q, count, q)
-    _check_lengths(op, "cu_seqlens_k", cu_seqlens_k, count, q)
-    state = check_dropout(op, dropout_p, rng, q)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return q, k, v, *lengths, causal, scale, float(dropout_p), state, site
-
-
-def attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
+    key_lengths: Tensor | None = None,
     rng: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """Attention within each of several packed sequences, without padding; return (N, H, D).
+    """Self-attention from one packed projection `qkv` (B, T, 3, H, D); return (B, T, H, D).
 
-    q (N, H, D), k and v (M, H, D): the sequences one after the other. cu_seqlens_q and
-    cu_seqlens_k (sequences + 1,) int32: where each starts, then the total. max_seqlen_q and
-    max_seqlen_k: the longest lengths (upper bounds serve), given by the caller so that nothing
-    waits for the device. Each sequence pair is aligned bottom right when causal. The rest is as
-    in `attention`; with equal lengths both draw the same dropout mask. The values of cu_seqlens
-    are not checked, as that would
-    synchronise: they must be non-decreasing from 0 to the number of tokens.
+    The same as `attention(*qkv.unbind(2), ...)`, whose backward pass would copy the three gradients
+    once more to put them together. flash-attn has it as flash_attn_qkvpacked_func.
     """
-    args = _prepare_varlen(
+    check_packed("attention_qkvpacked", qkv, "(B, T, 3, H, D)")
+    dtype = autocast_dtype(qkv)
+    qkv = qkv if dtype is None else qkv.to(dtype)
+    q, k, v = qkv.unbind(2)
+    q, k, v, *settings = _prepare(
         q,
         k,
         v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
         causal=causal,
         scale=scale,
         dropout_p=dropout_p,
+        key_lengths=key_lengths,
         rng=rng,
         site=site,
     )
-    if needs_grad(q, k, v):
-        return _AttentionVarlen.apply(*distinct(args))
-    return torch.ops.fastformer.attention_varlen_fwd.default(*args)[0]
+    if needs_grad(qkv):
+        return _AttentionQKVPacked.apply(qkv, *settings)
+    return torch.ops.fastformer.attention_fwd.default(q, k, v, *settings)[0]
 
 
 @dispatch.explainer("attention")
@@ -326,7 +281,8 @@ def _explain(*args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
     return [("attention_fwd", raw), ("attention_bwd", raw)]
 
 
-@dispatch.explainer("attention_varlen")
-def _explain_varlen(*args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    raw = _prepare_varlen(*args, **kwargs)
-    return [("attention_varlen_fwd", raw), ("attention_varlen_bwd", raw)]
+@dispatch.explainer("attention_qkvpacked")
+def _explain_qkvpacked(qkv: Tensor, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
+    check_packed("attention_qkvpacked", qkv, "(B, T, 3, H, D)")
+    raw = _prepare(*qkv.unbind(2), **kwargs)
+    return [("attention_fwd", raw), ("attention_qkvpacked_bwd", raw)]

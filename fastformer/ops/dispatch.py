@@ -10,6 +10,7 @@ fallback.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,20 @@ BACKENDS = {
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "dropout_mask": ("cpu", "reference"),
+        "attention_fwd": ("cpu", "reference"),
+        "attention_bwd": ("cpu", "reference"),
+        "attention_qkvpacked_bwd": ("cpu", "reference"),
+        "attention_varlen_qkvpacked_bwd": ("cpu", "reference"),
+        "attention_varlen_fwd": ("cpu", "reference"),
+        "attention_varlen_bwd": ("cpu", "reference"),
+        "layer_norm_fwd": ("cpu", "reference"),
+        "layer_norm_bwd": ("cpu", "reference"),
+        "add_layer_norm_fwd": ("cpu", "reference"),
+        "add_layer_norm_bwd": ("cpu", "reference"),
+        "mlp_fwd": ("cpu", "reference"),
+        "mlp_bwd": ("cpu", "reference"),
+        "linear_fwd": ("cpu", "reference"),
+        "linear_bwd": ("cpu", "reference"),
     },
     "cuda": {
         # "cuda" joins this row when it has passed its tests on a GPU.
@@ -126,12 +141,20 @@ def _refuse_native(op: str, key: str) -> Callable[..., str | None]:
     dispatch_key = key.upper()
     qualified = f"fastformer::{op}.{key}"
 
+    @functools.cache  # the question costs as much as the rest of the choice
+    def is_compiled() -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key)
+
     def refuse(*args: Any) -> str | None:
         if _device_type(args) != key:
             return f"it takes {key} tensors, these are on {_device_type(args)}"
+        for arg in args if key == "cpu" else ():
+            dtype = arg.dtype if isinstance(arg, torch.Tensor) else arg
+            if dtype in (torch.float16, torch.float64):
+                return f"it takes float32 and bfloat16, got {str(dtype)[6:]}"
         if _library.WHY_NOT is not None:
             return _library.WHY_NOT
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key):
+        if not is_compiled():
             return (
                 f"the compiled library has no {BACKENDS[key]}"
                 " (nvcc was missing when it was built); reinstall with CUDA_HOME set"

@@ -79,18 +79,21 @@ dispatch.define(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.layer_norm_fwd,
     fake=_fwd_fake,
+    native=("cpu",),
 )
 dispatch.define(
     "layer_norm_bwd(Tensor grad_out, Tensor x, Tensor weight, Tensor mean, Tensor rstd)"
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.layer_norm_bwd,
     fake=_bwd_fake,
+    native=("cpu",),
 )
 dispatch.define(
     "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps,"
     f" ScalarType out_dtype, {_DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.add_layer_norm_fwd,
     fake=_add_fwd_fake,
+    native=("cpu",),
 )
 dispatch.define(
     "add_layer_norm_bwd(Tensor grad_normed, Tensor? grad_new_residual, Tensor new_residual,"
@@ -98,6 +101,7 @@ dispatch.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.add_layer_norm_bwd,
     fake=_add_bwd_fake,
+    native=("cpu",),
 )
 
 

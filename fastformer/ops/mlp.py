@@ -53,12 +53,14 @@ dispatch.define(
     " float dropout_p, Tensor? rng, int site) -> (Tensor, Tensor)",
     reference=reference.mlp_fwd,
     fake=_fwd_fake,
+    native=("cpu",),
 )
 dispatch.define(
     "mlp_bwd(Tensor grad_out, Tensor x, Tensor w1, Tensor w2, Tensor pre, bool tanh,"
     " float dropout_p, Tensor? rng, int site) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.mlp_bwd,
     fake=_bwd_fake,
+    native=("cpu",),
 )
 
 

@@ -11,6 +11,9 @@ N rows (all leading dimensions flattened).
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -187,6 +190,14 @@ def attention_bwd(
     return _attend_backward(grad_out, q, k, v, lse, visible, scale, keep, dropout_p)
 
 
+def attention_qkvpacked_bwd(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *settings: Any
+) -> Tensor:
+    """The gradient of qkv (B, T, 3, H, D), whose parts are the q, k and v of attention_bwd."""
+    q, k, v = qkv.unbind(2)
+    return torch.stack(attention_bwd(grad_out, q, k, v, out, lse, *settings), dim=2)
+
+
 class _Packing:
     """Moves packed sequences (N, ...) to padded ones (sequences, longest, ...) and back, without a
     host synchronisation: the longest lengths come from the caller."""
@@ -276,6 +287,23 @@ def attention_varlen_bwd(
     padded_lse = queries.pad(lse.t()).transpose(1, 2)
     grad_q, grad_k, grad_v = _attend_backward(*padded, padded_lse, visible, scale, keep, dropout_p)
     return queries.unpad(grad_q), keys.unpad(grad_k), keys.unpad(grad_v)
+
+
+def attention_varlen_qkvpacked_bwd(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *settings: Any,
+) -> Tensor:
+    """The gradient of qkv (N, 3, H, D)."""
+    q, k, v = qkv.unbind(1)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return torch.stack(
+        attention_varlen_bwd(grad_out, q, k, v, out, lse, *lengths, *settings), dim=1
+    )
 
 
 # ---- layer norm ----
@@ -369,6 +397,27 @@ def add_layer_norm_bwd(
     # A copy where nothing was cast: results of an op must not share memory.
     grad_x = grad_x.to(x_dtype, copy=True)
     return grad_x, grad, grad_weight, grad_bias
+
+
+# ---- linear ----
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is not known when C is 0
+
+
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, (..., C_out)."""
+    # Not view: the result of an op is a tensor of its own, which may be changed in place.
+    out = F.linear(_rows(x), weight, bias)
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
+
+
+def linear_bwd(grad_out: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    rows, grad = _rows(x), _rows(grad_out)
+    grad_bias = grad.sum(0, dtype=accumulator(x.dtype)).to(weight.dtype)
+    return (grad @ weight).view(x.shape), grad.t() @ rows, grad_bias
 
 
 # ---- MLP ----

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastformer.ops import attention, dropout_mask
+from fastformer.ops import attention, attention_qkvpacked, dropout_mask
 
 OP = "attention"
 HALVES = (torch.bfloat16, torch.float16)
@@ -265,3 +265,44 @@ def test_dropout_without_a_state_follows_torchs_seed(backend):
         outs.append(attention(q, k, v, dropout_p=0.5))
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
+
+
+@directions
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_packed_projection_gives_the_bits_of_its_parts(backend, dtype, dropout_p, causal):
+    qkv = torch.randn(3, 33, 3, 2, 24, device=backend).to(dtype).requires_grad_()
+    lengths = torch.tensor([33, 0, 20], dtype=torch.int32, device=backend)
+    rng = torch.tensor([7, 8], device=backend)
+    options = {"causal": causal, "dropout_p": dropout_p, "key_lengths": lengths, "rng": rng}
+    grad_out = torch.randn(3, 33, 2, 24, device=backend).to(dtype)
+    out = attention_qkvpacked(qkv, **options)
+    (grad,) = torch.autograd.grad(out, qkv, grad_out)
+    expected = attention(*qkv.unbind(2), **options)
+    (expected_grad,) = torch.autograd.grad(expected, qkv, grad_out)
+    assert torch.equal(out, expected) and torch.equal(grad, expected_grad)
+    with torch.no_grad():
+        assert torch.equal(attention_qkvpacked(qkv, **options), expected)
+
+
+def test_packed_projection_of_another_shape_is_refused(refuses):
+    for shape in ((2, 5, 2, 3, 8), (5, 3, 2, 8)):
+        refuses(
+            ValueError, ("(B, T, 3, H, D)", str(shape)), attention_qkvpacked, torch.randn(shape)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_any_number_of_threads_gives_the_same_bits(backend, threads, dtype):
+    if backend == "cuda":
+        pytest.skip("threads are the CPU's")
+    packed = torch.randn(2, 150, 3, 3, 40).to(dtype).requires_grad_()
+    grad_out = torch.randn(2, 150, 3, 40).to(dtype)
+    options = {"causal": True, "dropout_p": 0.2, "rng": torch.tensor([1, 2])}
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        out = attention_qkvpacked(packed, **options)
+        results.append((out, *torch.autograd.grad(out, packed, grad_out)))
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(other, results[0], strict=True))

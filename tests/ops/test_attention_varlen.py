@@ -4,9 +4,13 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from fastformer.ops import attention, attention_varlen, dropout_mask
+from fastformer.ops import (
+    attention,
+    attention_varlen,
+    attention_varlen_qkvpacked,
+    dropout_mask,
+)
 
 OP = "attention_varlen"
 dtypes = pytest.mark.parametrize(
@@ -41,7 +45,10 @@ def packed(N, M, H, D, device):
 
 
 def one_at_a_time(queries, keys, causal, scale=None):
-    """F.scaled_dot_product_attention per sequence, with the bottom-right causal mask."""
+    """Matrix products and a softmax per sequence, with the bottom-right causal mask.
+
+    Not F.scaled_dot_product_attention, which computes bfloat16 in float32 on the CPU.
+    """
 
     def call(q, k, v):
         parts = []
@@ -53,11 +60,11 @@ def one_at_a_time(queries, keys, causal, scale=None):
             seeing = visible.any(1)
             out = q_one.new_zeros(q_one.shape) + 0 * (q_one + v.sum() + k.sum())
             if seeing.any():
-                rows = F.scaled_dot_product_attention(
-                    *(x.transpose(0, 1) for x in (q_one[seeing], k_one, v_one)),
-                    attn_mask=visible[seeing],
-                    scale=scale,
-                )
+                q_seeing, k_one, v_one = (x.transpose(0, 1) for x in (q_one[seeing], k_one, v_one))
+                factor = q.shape[-1] ** -0.5 if scale is None else scale
+                scores = q_seeing @ k_one.transpose(1, 2) * factor
+                scores = scores.masked_fill(~visible[seeing], float("-inf"))
+                rows = scores.softmax(-1) @ v_one
                 out = out.index_put((seeing.nonzero()[:, 0],), rows.transpose(0, 1))
             parts.append(out)
         return torch.cat(parts)
@@ -126,7 +133,7 @@ def test_dropout_is_that_of_the_mask_by_hand(backend):
     """Row n * H + h of the mask for packed query n, column the key's position in its sequence."""
     queries, keys = [3, 0, 5], [4, 2, 6]
     rng, H = torch.tensor([3, 4], device=backend), 2
-    q, k, v = (x.double() for x in packed(8, 12, H, 8, backend).values())
+    q, k, v = packed(8, 12, H, 8, backend).values()
     lengths = arguments(queries, keys, backend)
     out = attention_varlen(q, k, v, *lengths, dropout_p=0.5, rng=rng, site=1)
     keep = dropout_mask(8 * H, 6, 0.5, rng, site=1).view(8, H, 6)
@@ -159,3 +166,25 @@ def test_a_second_derivative_is_an_error(backend):
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@directions
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_packed_projection_gives_the_bits_of_its_parts(backend, dropout_p, causal):
+    qkv = torch.randn(21, 3, 2, 16, device=backend, requires_grad=True)
+    starts = cumulative([5, 0, 16], backend)
+    rng = torch.tensor([7, 8], device=backend)
+    options = {"causal": causal, "dropout_p": dropout_p, "rng": rng}
+    grad_out = torch.randn(21, 2, 16, device=backend)
+    out = attention_varlen_qkvpacked(qkv, starts, 16, **options)
+    (grad,) = torch.autograd.grad(out, qkv, grad_out)
+    expected = attention_varlen(*qkv.unbind(1), starts, starts, 16, 16, **options)
+    (expected_grad,) = torch.autograd.grad(expected, qkv, grad_out)
+    assert torch.equal(out, expected) and torch.equal(grad, expected_grad)
+
+
+def test_packed_projection_of_another_shape_is_refused(refuses):
+    starts = cumulative([5], "cpu")
+    for shape in ((5, 2, 3, 8), (2, 5, 3, 2, 8)):
+        words = ("(N, 3, H, D)", str(shape))
+        refuses(ValueError, words, attention_varlen_qkvpacked, torch.randn(shape), starts, 5)

@@ -69,6 +69,7 @@ CALLS = {
         _add_layer_norm,
         lambda n: (randn(n, 3, 8), randn(n, 3, 8), randn(8), randn(8)),
     ),
+    "linear": (ops.linear, lambda n: (randn(n, 3, 8), randn(6, 8), randn(6))),
     "mlp": (
         _mlp,
         lambda n: (randn(n, 3, 8), randn(16, 8), randn(16), randn(4, 16), randn(4)),
@@ -221,12 +222,19 @@ def raw_calls():
             yield "attention_fwd", (q, k, v, key_lengths, *settings)
             out, lse = torch.ops.fastformer.attention_fwd.default(q, k, v, key_lengths, *settings)
             yield "attention_bwd", (out, q, k, v, out, lse, key_lengths, *settings)
+        packed = torch.stack((q, q, q), 2)
+        for key_lengths, settings in ((None, plain), (lengths, dropping)):
+            out, lse = torch.ops.fastformer.attention_fwd.default(q, q, q, key_lengths, *settings)
+            saved = (out, packed, out, lse, key_lengths, *settings)
+            yield "attention_qkvpacked_bwd", saved
         q, k, v = (torch.randn(8, 2, 16).to(dtype) for _ in range(3))
         for settings in (plain, dropping):
             varlen = (SEQUENCES, SEQUENCES, 5, 6, *settings)
             yield "attention_varlen_fwd", (q, k, v, *varlen)
             out, lse = torch.ops.fastformer.attention_varlen_fwd.default(q, k, v, *varlen)
             yield "attention_varlen_bwd", (out, q, k, v, out, lse, *varlen)
+            saved = (out, torch.stack((q, k, v), 1), out, lse, SEQUENCES, 6, *settings)
+            yield "attention_varlen_qkvpacked_bwd", saved
 
         x, residual = torch.randn(2, 3, 8).to(dtype), torch.randn(2, 3, 8)
         weight, bias = torch.randn(8), torch.randn(8)
@@ -239,6 +247,11 @@ def raw_calls():
             for grad in (residual, None):
                 saved = (x, grad, residual, weight, mean, rstd, dtype, *drop)
                 yield "add_layer_norm_bwd", saved
+
+        weight, bias = torch.randn(5, 8).to(dtype), torch.randn(5).to(dtype)
+        for one in (bias, None):
+            yield "linear_fwd", (x, weight, one)
+        yield "linear_bwd", (torch.randn(2, 3, 5).to(dtype), x, weight)
 
         w1, b1, w2, b2 = (torch.randn(shape).to(dtype) for shape in ((16, 8), (16,), (4, 16), (4,)))
         for biases, settings in (
@@ -317,6 +330,14 @@ class TestAutocast:
             *(x.transpose(0, 1) for x in (q, k, v))
         ).transpose(0, 1)
         self.assert_near(dtype, (out,), (expected,))
+
+    def test_linear(self, dtype):
+        tensors = randn(5, 8), randn(6, 8), randn(6)
+        (out,), grads = self.grads(dtype, ops.linear, *tensors)
+        assert out.dtype == dtype
+        expected = F.linear(*tensors)
+        loss = expected.square().sum()
+        self.assert_near(dtype, (out, *grads), (expected, *torch.autograd.grad(loss, tensors)))
 
     def test_mlp(self, dtype):
         tensors = randn(5, 8), randn(16, 8), randn(16), randn(4, 16), randn(4)

@@ -85,8 +85,11 @@ def test_every_public_op_can_be_explained():
     calls = {
         "attention": (q[None], q[None], q[None]),
         "attention_varlen": (q, q, q, starts, starts, 6, 6),
+        "attention_qkvpacked": (torch.stack((q, q, q), 1)[None],),
+        "attention_varlen_qkvpacked": (torch.stack((q, q, q), 1), starts, 6),
         "layer_norm": (rows, weight),
         "add_layer_norm": (rows, rows, weight),
+        "linear": (rows, torch.zeros(9, 8)),
         "mlp": (rows, torch.zeros(8, 8), None, torch.zeros(8, 8), None),
         "linear_cross_entropy": (rows, torch.zeros(9, 8), torch.zeros(6, dtype=torch.long)),
         "dropout": (rows, 0.5),

@@ -1,0 +1,259 @@
+// Products of small blocks that stay in cache, for attention: C (+)= A B with C in float32.
+//
+// Operands are counted in units along the dimension that is summed over: a float, or, where the
+// machine multiplies pairs of bfloat16 in one instruction, two neighbouring bfloat16. A is read one
+// unit at a time and broadcast, in any layout; B is packed, a row of units a vector at a time.
+#pragma once
+#include "cpu/vec.h"
+
+namespace fastformer::cpu::FASTFORMER_ISA {
+namespace {
+
+struct Pair {
+  bf16 low, high;
+};
+
+// Unit<T>: what a block of T is multiplied in; Element<Unit>: what such a block is stored as.
+#if defined(__AVX512BF16__)
+template <class T> struct UnitOf {
+  using type = Pair;
+};
+#else
+template <class T> struct UnitOf {
+  using type = float;
+};
+#endif
+template <> struct UnitOf<float> {
+  using type = float;
+};
+template <class T> using Unit = typename UnitOf<T>::type;
+
+template <class U> constexpr int kPerUnit = sizeof(U) == sizeof(Pair) && alignof(U) == 2 ? 2 : 1;
+
+#if defined(__AVX512BF16__)
+FASTFORMER_INLINE Vec multiply_add(Vec c, __m512i a, __m512i b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+FASTFORMER_INLINE __m512i broadcast_unit(const Pair *p) {
+  return _mm512_set1_epi32(static_cast<int>(bits<uint32_t>(*p)));
+}
+FASTFORMER_INLINE __m512i load_units(const Pair *p) { return _mm512_loadu_si512(p); }
+#endif
+FASTFORMER_INLINE Vec multiply_add(Vec c, Vec a, Vec b) { return fma(a, b, c); }
+FASTFORMER_INLINE Vec broadcast_unit(const float *p) { return splat(*p); }
+FASTFORMER_INLINE Vec load_units(const float *p) { return load(p); }
+
+// Where the operands lie, in units; C in floats.
+template <class U> struct Product {
+  const U *a;
+  int64_t a_row, a_col; // strides of A
+  const U *b;
+  int64_t ldb;
+  float *c;
+  int64_t ldc;
+  int64_t depth; // units summed over
+  bool accumulate;
+};
+
+template <class U, int M, int N> inline void multiply_tile(const Product<U> &p) {
+  Vec c[M][N];
+  if (p.accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j)
+        c[i][j] = load(p.c + i * p.ldc + j * kLanes);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j)
+        c[i][j] = zero();
+  }
+  const U *a = p.a, *b = p.b;
+  const int64_t a_row = p.a_row, a_col = p.a_col, ldb = p.ldb;
+  for (int64_t k = 0; k < p.depth; ++k, a += a_col, b += ldb) {
+    decltype(load_units(b)) row[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j)
+      row[j] = load_units(b + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const auto unit = broadcast_unit(a + i * a_row);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j)
+        c[i][j] = multiply_add(c[i][j], unit, row[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j)
+      store(p.c + i * p.ldc + j * kLanes, c[i][j]);
+}
+
+// Rows of a tile of N vectors: as many accumulators as fit beside a row of B and one unit of A.
+#if defined(__AVX512BW__) || defined(__aarch64__)
+constexpr int kMaxVectors = 4;
+template <int N> constexpr int kTileRows = N == 4 ? 6 : N == 3 ? 8 : N == 2 ? 12 : 14;
+#else
+constexpr int kMaxVectors = 2;
+template <int N> constexpr int kTileRows = N == 2 ? 6 : 10;
+#endif
+
+template <class U, int N> void multiply_rows(Product<U> p, int64_t rows) {
+  constexpr int M = kTileRows<N>;
+  const auto advance = [&](int64_t by) {
+    rows -= by;
+    p.a += by * p.a_row;
+    p.c += by * p.ldc;
+  };
+  for (; rows >= M; advance(M))
+    multiply_tile<U, M, N>(p);
+  if (M > 8)
+    for (; rows >= 8; advance(8))
+      multiply_tile<U, 8, N>(p);
+  for (; rows >= 4; advance(4))
+    multiply_tile<U, 4, N>(p);
+  for (; rows >= 2; advance(2))
+    multiply_tile<U, 2, N>(p);
+  for (; rows >= 1; advance(1))
+    multiply_tile<U, 1, N>(p);
+}
+
+// C (rows x vectors * kLanes) (+)= A B.
+template <class U> void multiply(Product<U> p, int64_t rows, int64_t vectors) {
+  const auto advance = [&](int by) {
+    vectors -= by;
+    p.b += by * kLanes;
+    p.c += by * kLanes;
+  };
+  for (; vectors >= kMaxVectors; advance(kMaxVectors))
+    multiply_rows<U, kMaxVectors>(p, rows);
+#if defined(__AVX512BW__) || defined(__aarch64__)
+  if (vectors == 3)
+    return multiply_rows<U, 3>(p, rows);
+  if (vectors == 2)
+    return multiply_rows<U, 2>(p, rows);
+#endif
+  if (vectors == 1)
+    multiply_rows<U, 1>(p, rows);
+}
+
+// ---- packing ----
+//
+// `rows` rows of D elements of T, `stride` apart. Padding is zero, so that it may be multiplied.
+
+#if defined(__AVX512BW__)
+// Transposes 16 x 16 units of 32 bits; rows and columns that are not there are zero.
+inline void transpose_units(const void *src, int64_t row_bytes, int rows, int units, void *out,
+                            int64_t width) {
+  const __mmask16 columns = static_cast<__mmask16>((1u << units) - 1);
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i)
+    r[i] = i < rows
+               ? _mm512_maskz_loadu_epi32(columns, static_cast<const char *>(src) + i * row_bytes)
+               : _mm512_setzero_si512();
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+  for (int i = 0; i < units; ++i)
+    _mm512_storeu_si512(static_cast<uint32_t *>(out) + i * width, r[i]);
+}
+
+// out[unit][row]: the rows become columns. `width`, a multiple of kLanes, is the length of out's
+// rows, and `factor` is 1, -1 or 0.
+template <class U, class T>
+void pack_columns_exact(const T *src, int64_t stride, int64_t rows, int64_t units, U *out,
+                        int64_t width) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const int present = static_cast<int>(rows - i < 0 ? 0 : rows - i < 16 ? rows - i : 16);
+    for (int64_t u = 0; u < units; u += 16)
+      transpose_units(src + i * stride + u * kPerUnit<U>, stride * static_cast<int64_t>(sizeof(T)),
+                      present, static_cast<int>(units - u < 16 ? units - u : 16),
+                      out + u * width + i, width);
+  }
+}
+#endif
+
+template <class T>
+void pack_columns(const T *src, int64_t stride, int64_t rows, int64_t D, float factor, float *out,
+                  int64_t width) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    pack_columns_exact(src, stride, rows, D, out, width);
+    if (factor != 1.0f)
+      for (int64_t i = 0; i < D * width; i += kLanes)
+        store(out + i, load(out + i) * factor);
+    return;
+  }
+#endif
+  for (int64_t d = 0; d < D; ++d)
+    for (int64_t i = rows; i < width; ++i)
+      out[d * width + i] = 0.0f;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < D; ++d)
+      out[d * width + i] = factor * to_float(src[i * stride + d]);
+}
+
+// out[row][element], padded to `width` elements.
+template <class T>
+void pack_rows(const T *src, int64_t stride, int64_t rows, int64_t D, float *out, int64_t width) {
+  for (int64_t i = 0; i < rows; ++i, src += stride, out += width) {
+    int64_t d = 0;
+    for (; d + kLanes <= D; d += kLanes)
+      store(out + d, load(src + d));
+    if (d < D)
+      store(out + d, load(src + d, D - d));
+  }
+}
+
+#if defined(__AVX512BF16__)
+
+inline void pack_columns(const bf16 *src, int64_t stride, int64_t rows, int64_t D, float factor,
+                         Pair *out, int64_t width) {
+  pack_columns_exact(src, stride, rows, D / 2, out, width);
+  if (factor != 1.0f)
+    for (int64_t i = 0; i < D / 2 * width; ++i) {
+      from_float(&out[i].low, factor * to_float(out[i].low));
+      from_float(&out[i].high, factor * to_float(out[i].high));
+    }
+}
+
+// out[row / 2][element] = the pair of two rows' elements.
+inline void pack_rows(const bf16 *src, int64_t stride, int64_t rows, int64_t D, Pair *out,
+                      int64_t width) {
+  for (int64_t i = 0; i < rows; i += 2, src += 2 * stride, out += width)
+    for (int64_t d = 0; d < D; d += 16) {
+      const __mmask16 m = static_cast<__mmask16>(D - d < 16 ? (1u << (D - d)) - 1 : 0xffff);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, src + d));
+      const __m512i high =
+          i + 1 < rows ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, src + stride + d))
+                       : _mm512_setzero_si512();
+      _mm512_storeu_si512(out + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+#endif
+
+} // namespace
+} // namespace fastformer::cpu::FASTFORMER_ISA

@@ -1,0 +1,49 @@
+// What the bindings of row-wise CPU kernels share: operands as contiguous rows of float32 or
+// bfloat16, and rows cut into blocks.
+#pragma once
+#include "ops/binding.h"
+
+#include <algorithm>
+
+namespace fastformer {
+
+// 1 for bfloat16, 0 for float32: the index into tables of kernels.
+inline int is_bf16(const char *op, const char *name, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op, ": ", name,
+                  " must be float32 or bfloat16, got ", type);
+  return type == ScalarType::BFloat16;
+}
+inline int is_bf16(const char *op, const char *name, const Tensor &t) {
+  return is_bf16(op, name, t.scalar_type());
+}
+
+// A vector of weights in float32, whatever it is stored in.
+inline Tensor float_vector(const char *op, const char *name, const Tensor &t, int64_t size) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, op, ": ", name, " must have shape (", size,
+                  ",), got ", t.numel(), " elements in ", t.dim(), " dimensions");
+  return torch::stable::contiguous(is_bf16(op, name, t) ? torch::stable::to(t, ScalarType::Float)
+                                                        : t);
+}
+
+inline const float *floats(const Tensor &t) {
+  return static_cast<const float *>(t.const_data_ptr());
+}
+
+// How many rows are worth a thread of their own.
+inline int64_t row_grain(int64_t cols) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols));
+}
+
+// Rows cut into blocks whose column sums are added in order. The cut depends on the number of rows
+// alone, so that the sums do not depend on the number of threads.
+struct RowBlocks {
+  explicit RowBlocks(int64_t rows)
+      : rows_per_block(std::max<int64_t>(64, (rows + 511) / 512 * 8)),
+        count((rows + rows_per_block - 1) / rows_per_block) {}
+
+  int64_t grain(int64_t cols) const { return (row_grain(cols) - 1) / rows_per_block + 1; }
+
+  int64_t rows_per_block, count;
+};
+
+} // namespace fastformer

@@ -1,0 +1,99 @@
+"""The linear layer: one matrix product and a bias, with all three gradients in one backward op.
+
+The products are those of PyTorch's libraries, which nobody beats by writing more code. What they
+leave, the bias and its gradient, is one pass over rows as they lie in memory.
+
+C input dim, C_out output dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastformer.ops import dispatch, reference
+from fastformer.ops.arguments import (
+    autocast_dtype,
+    check_float,
+    check_same_dtype,
+    distinct,
+    needs_grad,
+)
+
+
+def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _bwd_fake(grad_out: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_bias = weight.new_empty(weight.shape[0])
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
+
+
+dispatch.define(
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference=reference.linear_fwd,
+    fake=_fwd_fake,
+    native=("cpu",),
+)
+dispatch.define(
+    "linear_bwd(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
+    reference=reference.linear_bwd,
+    fake=_bwd_fake,
+    native=("cpu",),
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return torch.ops.fastformer.linear_fwd.default(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight, grad_bias = torch.ops.fastformer.linear_bwd.default(
+            grad_out, *ctx.saved_tensors
+        )
+        return grad_x, grad_weight, grad_bias if ctx.has_bias else None
+
+
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_float("linear", **tensors)
+    check_same_dtype("linear", **tensors)
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "linear: x must be (..., C) and weight (C_out, C),"
+            f" got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    return x, weight, bias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x weight^T + bias for `x` (..., C); return (..., C_out).
+
+    weight (C_out, C) and bias (C_out,) as in torch.nn.functional.linear; one dtype for all. Under
+    torch.autocast everything is cast to its dtype. Raises ValueError or TypeError on bad arguments.
+    """
+    args = _prepare(x, weight, bias)
+    if needs_grad(x, weight, bias):
+        return _Linear.apply(*distinct(args))
+    return torch.ops.fastformer.linear_fwd.default(*args)
+
+
+@dispatch.explainer("linear")
+def _explain(*args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
+    raw = _prepare(*args, **kwargs)
+    return [("linear_fwd", raw), ("linear_bwd", raw)]
