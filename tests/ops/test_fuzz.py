@@ -18,7 +18,7 @@ from fastformer.ops import dispatch
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 search = settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     database=None,
@@ -145,29 +145,29 @@ def test_attention(B, T, S, H, D, dtype, layouts, lengths, **options):
     compare(call, {"q": (B, T, H, D), "k": (B, S, H, D), "v": (B, S, H, D)}, dtype, layouts)
 
 
-@needs_kernel("attention_bwd")
+@needs_kernel("attention_qkvpacked_bwd")
 @search
 @given(
-    B=st.integers(1, 3),
+    B=st.integers(0, 3),
     T=tokens,
     H=heads,
     D=head_dim,
     dtype=dtype,
+    layouts=layouts_of("qkv"),
     causal=st.booleans(),
-    layout=st.sampled_from(["contiguous", "sliced", "reversed"]),
-    packed=st.booleans(),
+    dropout_p=dropout,
+    rng=rng,
+    site=st.integers(0, 99),
+    lengths=st.none() | st.lists(st.integers(-1, 140), min_size=3, max_size=3),
 )
-def test_attention_on_views_of_one_projection(B, T, H, D, dtype, causal, layout, packed):
-    """As the models call it; gradients of the three views meet in one tensor."""
-    shape, starts = (B, T, 3, H, D), torch.arange(B + 1, dtype=torch.int32) * T
+def test_attention_qkvpacked(B, T, H, D, dtype, layouts, lengths, **options):
+    if lengths is not None:
+        options["key_lengths"] = torch.tensor(lengths[:B], dtype=torch.int32)
 
     def call(qkv):
-        if not packed:
-            return ops.attention(*qkv.unbind(2), causal=causal)
-        q, k, v = (x.flatten(0, 1) for x in qkv.unbind(2))
-        return ops.attention_varlen(q, k, v, starts, starts, T, T, causal=causal)
+        return ops.attention_qkvpacked(qkv, **options)
 
-    compare(call, {"qkv": shape}, dtype, {"qkv": layout, "grad": "contiguous"})
+    compare(call, {"qkv": (B, T, 3, H, D)}, dtype, layouts)
 
 
 @needs_kernel("attention_varlen_bwd")
@@ -197,6 +197,29 @@ def test_attention_varlen(pairs, spare, H, D, dtype, layouts, **options):
 
     N, M = sum(queries), sum(keys)
     compare(call, {"q": (N, H, D), "k": (M, H, D), "v": (M, H, D)}, dtype, layouts)
+
+
+@needs_kernel("attention_varlen_qkvpacked_bwd")
+@search
+@given(
+    rows=st.lists(tokens, min_size=1, max_size=5),
+    spare=st.integers(0, 40),
+    H=heads,
+    D=head_dim,
+    dtype=dtype,
+    layouts=layouts_of("qkv"),
+    causal=st.booleans(),
+    dropout_p=dropout,
+    rng=rng,
+    site=st.integers(0, 99),
+)
+def test_attention_varlen_qkvpacked(rows, spare, H, D, dtype, layouts, **options):
+    starts = torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32)
+
+    def call(qkv):
+        return ops.attention_varlen_qkvpacked(qkv, starts, max(rows) + spare, **options)
+
+    compare(call, {"qkv": (sum(rows), 3, H, D)}, dtype, layouts)
 
 
 @needs_kernel("layer_norm_bwd")

@@ -27,6 +27,13 @@ def ints(*values, dtype=I32):
 
 def good(op):
     """Arguments by name, in the order of the schema, that the op accepts."""
+    if op.endswith("_qkvpacked_bwd"):
+        arguments = good(op.replace("_qkvpacked", ""))
+        qkv = torch.stack([arguments.pop(name) for name in "qkv"], dim=-3)
+        if "cu_seqlens_q" in arguments:
+            arguments |= {"cu_seqlens_q": ints(0, 4, N), "max_seqlen_q": 6}
+            del arguments["cu_seqlens_k"], arguments["max_seqlen_k"]
+        return {"grad_out": arguments.pop("grad_out"), "qkv": qkv} | arguments
     torch.manual_seed(0)
     rng = {"dropout_p": 0.5, "rng": ints(1, 2, dtype=I64), "site": 3}
     base = op.removesuffix("_fwd").removesuffix("_bwd")
@@ -86,6 +93,8 @@ OPS = [
         for op in ("attention", "attention_varlen", "layer_norm", "add_layer_norm", "mlp", "linear")
         for direction in ("fwd", "bwd")
     ),
+    "attention_qkvpacked_bwd",
+    "attention_varlen_qkvpacked_bwd",
     "linear_cross_entropy_fwd",
     "dropout_mask",
 ]
@@ -205,37 +214,44 @@ STARTS = {
     "negative-inside": (0, -3, N),
     "huge": (0, 2**31 - 1, N),
 }
+VARLEN = cases([op for op in OPS if op.startswith("attention_varlen")])
 
 
-@cases(["attention_varlen_fwd", "attention_varlen_bwd"])
-@pytest.mark.parametrize("side", ["cu_seqlens_q", "cu_seqlens_k"])
+def sides(arguments):
+    return [name for name in arguments if name.startswith("cu_seqlens")]
+
+
+@VARLEN
 @pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
-def test_sequences_outside_the_tokens_are_refused(op, side, starts):
-    arguments = good(op) | {side: ints(*starts)}
-    assert outcome(op, arguments) is None
-    if op == "attention_varlen_fwd":
-        keys = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-        with pytest.raises((RuntimeError, ValueError), match=f"{side} must"):
-            ops.attention_varlen(**{key: arguments[key] for key in keys})
+def test_sequences_outside_the_tokens_are_refused(op, starts):
+    arguments = good(op)
+    for side in sides(arguments):
+        assert outcome(op, arguments | {side: ints(*starts)}) is None, side
+        if op == "attention_varlen_fwd":
+            keys = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+            public = {key: arguments[key] for key in keys} | {side: ints(*starts)}
+            with pytest.raises((RuntimeError, ValueError), match=f"{side} must"):
+                ops.attention_varlen(**public)
 
 
-@cases(["attention_varlen_fwd", "attention_varlen_bwd"])
-@pytest.mark.parametrize("side", ["cu_seqlens_q", "cu_seqlens_k"])
+@VARLEN
 @pytest.mark.parametrize("starts", [(1, 4, N), (0, 4, N - 1)], ids=["late", "early"])
-def test_tokens_of_no_sequence_are_refused_or_give_what_the_reference_gives(op, side, starts):
-    arguments = good(op) | {side: ints(*starts)}
-    results = outcome(op, arguments)
-    if results is not None:
-        with fastformer.backend("reference"):
-            expected = tensors(raw(op)(*arguments.values()))
-        torch.testing.assert_close(results[0], expected[0])
+def test_tokens_of_no_sequence_are_refused_or_give_what_the_reference_gives(op, starts):
+    for side in sides(good(op)):
+        arguments = good(op) | {side: ints(*starts)}
+        results = outcome(op, arguments)
+        if results is not None:
+            with fastformer.backend("reference"):
+                expected = tensors(raw(op)(*arguments.values()))
+            torch.testing.assert_close(results, expected)
 
 
-@cases(["attention_varlen_fwd", "attention_varlen_bwd"])
+@VARLEN
 @pytest.mark.parametrize("longest", [-1, 0, 1, 2**40])
 def test_longest_lengths_that_are_wrong_break_nothing(op, longest):
-    expected = outcome(op, good(op))
-    results = outcome(op, good(op) | {"max_seqlen_q": longest, "max_seqlen_k": longest})
+    arguments = good(op)
+    wrong = {name: longest for name in arguments if name.startswith("max_seqlen")}
+    expected, results = outcome(op, arguments), outcome(op, arguments | wrong)
     if results is not None and longest > N:
         torch.testing.assert_close(results, expected)
 
