@@ -61,7 +61,7 @@ NVCC_FLAGS += ["-fPIC,-fvisibility=hidden,-Wall"]
 # Python itself is not instrumented: it needs the compiler's libasan.so preloaded.
 SANITIZE = os.environ.get("FASTFORMER_SANITIZE", "")
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
-CXX_FLAGS += [*SANITIZE_FLAGS, "-g", "-O1"] if SANITIZE else []
+CXX_FLAGS += [*SANITIZE_FLAGS, "-g1", "-O1"] if SANITIZE else []
 
 
 def fail(sentence: str) -> SystemExit:

@@ -32,7 +32,7 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 # A GPU machine may have torch and pytest and no network: what needs more is left out there.
 _TRAIN_PACKAGES = ("hypothesis", "matplotlib", "PIL", "rich", "sklearn", "tokenizers", "tyro")
 _MISSING = [name for name in _TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
-collect_ignore = ["train", "test_readme.py"] if _MISSING else []
+collect_ignore = ["train", "test_readme.py", "ops/test_fuzz.py"] if _MISSING else []
 
 
 def pytest_report_header() -> str:

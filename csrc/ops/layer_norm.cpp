@@ -142,6 +142,7 @@ add_layer_norm_bwd(const Tensor &grad_normed, const std::optional<Tensor> &grad_
   Tensor passed;
   if (grad_new_residual) {
     check_same_shape(op, "grad_new_residual", *grad_new_residual, new_residual);
+    (void)is_bf16(op, "grad_new_residual", *grad_new_residual);
     passed = torch::stable::contiguous(
         torch::stable::to(*grad_new_residual, new_residual.scalar_type()));
     a.grad_new_residual = passed.const_data_ptr();
