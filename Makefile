@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -nam
 help:
 	@echo "make train      install into $(VENV), train a GPT on text that ships with Python, sample from it"
 	@echo "make test       install into $(VENV), run the tests"
-	@echo "make bench      install into $(VENV), run the benchmarks"
+	@echo "make bench      install into $(VENV), run all benchmarks (benchmarks/README.md)"
 	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make format     let ruff and clang-format rewrite what they would complain about"
 	@echo "make gpu-test   build in place with $(GPU_PYTHON) (torch and nvcc present, no network), run pytest -m gpu"
@@ -43,7 +43,7 @@ test: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(JOBS) --dist loadgroup
 
 bench: $(VENV)/.installed
-	@for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+	@$(BIN)/python -m pytest benchmarks -q --rounds 3 --benchmark-quiet
 
 lint: $(VENV)/.requirements
 	@$(BIN)/ruff check --quiet .

@@ -1,85 +1,197 @@
-"""Fair timing: variants take turns, medians are compared, and a wrong result forbids a figure."""
+"""Fair timing: variants take turns, medians are compared, and other processes are noticed.
+
+The turns (A B C A B C ..., another one first in each round) are why pytest-benchmark does not do
+the timing: its runner measures all of A, then all of B, and a clock that slows down in between
+becomes a ratio. It is given our samples instead, see test_speed.py.
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
+import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-import fastformer
-
 Variant = Callable[[], object]
+
+OURS = "fastformer"
+# A sample is disturbed when other processes used more CPU time than this meanwhile. The kernel
+# counts in ticks of 10 ms on every core.
+_TOLERATED_SHARE, _TOLERATED_SECONDS = 0.05, 0.02
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How long to measure: samples per variant and the milliseconds that one should last."""
+
+    rounds: int = 7
+    sample_ms: float = 20.0
+    compile: bool = True
+
+
+QUICK = Settings(rounds=1, sample_ms=0.0, compile=False)
+
+
+@dataclass
 class Row:
-    """Median milliseconds of each variant of one case."""
+    """The samples of each variant of one case in milliseconds, and why some variants have none."""
 
     case: str
-    ms: dict[str, float]
+    samples: dict[str, list[float]]
+    failed: dict[str, str] = field(default_factory=dict)
+    disturbed: int = 0
+    dropout: float = 0.0
+    peak_mb: dict[str, float] = field(default_factory=dict)
 
-    def ratio(self, rival: str) -> float:
-        """How many times faster fastformer is than `rival`."""
-        return self.ms[rival] / self.ms["fastformer"]
+    @property
+    def ms(self) -> dict[str, float]:
+        """Medians."""
+        return {name: statistics.median(values) for name, values in self.samples.items()}
+
+    @property
+    def taken(self) -> int:
+        return sum(map(len, self.samples.values()))
+
+    def ratio(self, rival: str | None, ours: str | None = OURS) -> float | None:
+        """How many times as fast as `rival` `ours` is; None where one was not measured."""
+        ms = self.ms
+        return ms[rival] / ms[ours] if rival in ms and ours in ms else None
 
 
-def measure(case: str, variants: dict[str, Variant], rounds: int = 30) -> Row:
-    """Time the variants in turns (A B C A B C ...), after one warm-up round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for round_number in range(rounds + 1):
-        for name, run in variants.items():
-            start = time.perf_counter()
+@dataclass(frozen=True)
+class Case:
+    """Rows that share their data and a gate.
+
+    `run` raises WrongResult where ours does not pass it, Unavailable where this version lacks the
+    op. A variant may be missing from the rows.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    variants: tuple[str, ...]
+    run: Callable[[Settings], list[Row]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to cover: cases by name (none: the usual ones), and how whole models are run."""
+
+    cases: tuple[str, ...] = ()
+    dropout: float = 0.0
+    precision: str = "both"
+    memory: bool = False
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One file of measurements.
+
+    `table` and `record` say how rows are shown and what of them goes into JSON. `of_models`: the
+    options of whole models apply.
+    """
+
+    name: str
+    about: str
+    cases: Callable[[Options], list[Case]]
+    table: Callable[[list[Row]], str]
+    record: Callable[[Row], dict[str, Any]]
+    rounds: int = 7
+    of_models: bool = False
+
+
+class Unavailable(Exception):
+    """What is to be measured does not exist in this version of fastformer."""
+
+
+def _busy_seconds() -> float:
+    """CPU seconds that all processes and the hypervisor used, 0 where the system does not tell."""
+    try:
+        with open("/proc/stat") as stat:
+            ticks = [int(value) for value in stat.readline().split()[1:9]]
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
+    return (user + nice + system + irq + softirq + steal) / _TICKS
+
+
+def _sample(run: Variant, iterations: int) -> tuple[float, bool]:
+    """Milliseconds per call, and whether other processes disturbed it."""
+    busy, own = _busy_seconds(), sum(os.times()[:2])
+    start = time.perf_counter()
+    for _ in range(iterations):
+        run()
+    seconds = time.perf_counter() - start
+    others = (_busy_seconds() - busy) - (sum(os.times()[:2]) - own)
+    disturbed = others > _TOLERATED_SHARE * seconds + _TOLERATED_SECONDS
+    return 1e3 * seconds / iterations, disturbed
+
+
+def measure(
+    case: str,
+    variants: dict[str, Variant],
+    settings: Settings,
+    failed: dict[str, str] | None = None,
+) -> Row:
+    """Time the variants in turns, with garbage collection off, after a call of each to warm up.
+
+    A rival that raises in that call is left out, with its reason in the row; `failed` names those
+    that never got so far. A disturbed sample is taken again, but no more than half as many samples
+    as were asked for, after which the row counts those that stayed disturbed.
+    """
+    failed, iterations = dict(failed or {}), {}
+    for name, run in variants.items():
+        try:
             run()
-            if round_number:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return Row(case, {name: statistics.median(values) for name, values in times.items()})
+        except Exception as error:
+            if name.startswith(OURS):
+                raise
+            failed[name] = first_line(error)
+            continue
+        ms, _ = _sample(run, 1)
+        iterations[name] = max(1, round(settings.sample_ms / max(ms, 1e-3)))
+    names = list(iterations)
+    row = Row(case, {name: [] for name in names}, failed)
+    repeats = settings.rounds * len(names) // 2
+    gc.disable()
+    try:
+        for turn in range(settings.rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                ms, disturbed = _sample(variants[name], iterations[name])
+                while disturbed and repeats:
+                    repeats -= 1
+                    ms, disturbed = _sample(variants[name], iterations[name])
+                row.disturbed += disturbed
+                row.samples[name].append(ms)
+    finally:
+        gc.enable()
+    return row
 
 
-def table(rows: list[Row]) -> str:
-    """A markdown table, the ratios first."""
-    names = list(rows[0].ms)
-    rivals = [name for name in names if name != "fastformer"]
-    head = ["case", *(f"faster than {r}" for r in rivals), *(f"{n} ms" for n in names)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = [f"{row.ratio(r):.2f}x" for r in rivals] + [f"{row.ms[n]:.3f}" for n in names]
-        lines.append("| " + " | ".join([row.case, *cells]) + " |")
-    return "\n".join(lines)
+def first_line(error: Exception) -> str:
+    """An exception in one line, for a table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
-def machine() -> dict[str, str]:
-    """The hardware and the versions that a figure belongs to."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        cpu = names[0].partition(": ")[2] if names else cpu
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "cpu": cpu,
-        "threads": str(torch.get_num_threads()),
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "fastformer": fastformer.__version__,
-        "python": platform.python_version(),
-    }
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for static shapes, the only ones that are measured.
+
+    All rivals of a case share their code, so dynamo needs a higher limit of recompilations; going
+    over it is an error, since dynamo would quietly run eager code.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False)
 
 
-def main(name: str, cases: Callable[[], list[Row]]) -> None:
-    """Run one benchmark as a command: print its table, and write JSON where --json says."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    options = parser.parse_args()
-    rows = cases()
-    print(table(rows))
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    if options.json:
-        result = {"rows": [asdict(row) for row in rows], "machine": machine()}
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+def forget_compiled() -> None:
+    """Make dynamo forget earlier cases, which count towards its limit; free what they held."""
+    torch.compiler.reset()
+    gc.collect()

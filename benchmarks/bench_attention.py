@@ -1,0 +1,64 @@
+"""Attention on views of one packed projection, against SDPA and against materialised scores.
+
+Materialised scores are a rival in their own right: SDPA's backward pass is slow in bfloat16 on the
+CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastformer
+from benchmarks.cases import TrainingCase
+from benchmarks.command import main
+from benchmarks.ops import SHAPES, Operation, op_benchmark
+
+
+def _ours(qkv: Tensor, *, causal: bool, key_lengths: Tensor | None) -> Tensor:
+    return fastformer.attention(*qkv.unbind(2), causal=causal, key_lengths=key_lengths)
+
+
+def _eager(qkv: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+
+
+def _naive(qkv: Tensor, *, mask: Tensor | None) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (F.softmax(scores, dim=-1) @ v).transpose(1, 2)
+
+
+def _attention(case: TrainingCase, dtype: torch.dtype) -> Operation:
+    B, T, H, D = case.B, case.T, case.config.heads, case.D
+    causal, key_lengths = case.config.causal, case.batch().key_lengths
+    mask = visible = None
+    if key_lengths is not None:
+        mask = visible = (torch.arange(T) < key_lengths[:, None])[:, None, None]
+    elif causal:
+        visible = torch.ones(T, T, dtype=torch.bool).tril()
+    return Operation(
+        {"qkv": torch.randn(B, T, 3, H, D).to(dtype)},
+        partial(_ours, causal=causal, key_lengths=key_lengths),
+        partial(_eager, causal=causal, mask=mask),
+        {"naive": partial(_naive, mask=visible)},
+    )
+
+
+BENCHMARK = op_benchmark(
+    "attention",
+    "Attention",
+    {"attention": _attention},
+    shapes=(*SHAPES, "bert-7.7m-padded"),
+    others=("naive",),
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)

@@ -1,0 +1,155 @@
+"""Benchmarks of whole models: the gate, the rows and their table, for training and inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import report
+from benchmarks.cases import CASES, DEFAULT, TrainingCase
+from benchmarks.gate import check_close
+from benchmarks.harness import (
+    OURS,
+    Benchmark,
+    Case,
+    Options,
+    Row,
+    Settings,
+    first_line,
+    forget_compiled,
+    measure,
+)
+from benchmarks.memory import peak_mb
+from benchmarks.steps import VARIANTS, LinearProducts, Trainer, Variant
+
+OURS_BF16 = f"{OURS}-bf16"
+RIVALS = [name for name, variant in VARIANTS.items() if variant.is_rival]
+RIVALS_FLOAT32 = [name for name in RIVALS if VARIANTS[name].dtype == torch.float32]
+
+
+def chosen(options: Options, compile: bool) -> dict[str, Variant]:
+    """The variants of a run; naive float32, which all are compared with, is always one of them."""
+    dtypes = {"float32": (torch.float32,), "bfloat16": (torch.bfloat16,)}
+    return {
+        name: variant
+        for name, variant in VARIANTS.items()
+        if name == "naive"
+        or (
+            variant.dtype in dtypes.get(options.precision, (torch.float32, torch.bfloat16))
+            and (compile or not variant.compile)
+        )
+    }
+
+
+def _results(trainer: Trainer, learns: bool) -> dict[str, Tensor]:
+    return trainer.first_step() if learns else {"logits": trainer.infer()}
+
+
+def _run(case: TrainingCase, options: Options, learns: bool, settings: Settings) -> list[Row]:
+    if settings.compile:
+        forget_compiled()
+    variants = chosen(options, settings.compile)
+    build = partial(Trainer, case=case, dropout=options.dropout, learns=learns)
+    ready: dict[str, Callable[[], object]] = {}
+    failed: dict[str, str] = {}
+    true = _results(build(VARIANTS["naive"]), learns)
+    for name, variant in variants.items():
+        if variant.kind == "gemm":
+            ready[name] = LinearProducts(variant.dtype, case, learns=learns).run
+            continue
+        trainer = build(variant)
+        try:
+            check_close(_results(trainer, learns), true, variant.dtype)
+        except Exception as error:
+            if variant.kind == "ours":
+                raise
+            # A rival that cannot be compiled, or computes something else, is reported as such.
+            failed[name] = first_line(error)
+            continue
+        ready[name] = trainer.step if learns else trainer.infer
+    del true
+    row = measure(case.name, ready, settings, failed)
+    row.dropout = options.dropout
+    if options.memory:
+        for name in row.samples:
+            if VARIANTS[name].kind != "gemm":
+                peak = peak_mb(name, case.name, options.dropout, learns)
+                row.peak_mb |= {} if peak is None else {name: peak}
+    return [row]
+
+
+def model_cases(learns: bool, options: Options) -> list[Case]:
+    return [
+        Case(name, (name,), tuple(VARIANTS), partial(_run, CASES[name], options, learns))
+        for name in options.cases or DEFAULT
+    ]
+
+
+def record(row: Row) -> dict[str, Any]:
+    """What counts of a row: `vs_` are speed-ups of our fastest variant, unless named otherwise.
+
+    vs_naive: over naive float32. vs_best: over the fastest of all rivals, in any precision.
+    vs_eager_fp32: of our float32 over the fastest float32 rival. gemm_share: the part of our time
+    that the matrix products of the linear layers take alone.
+    """
+    ours = report.best(row, (OURS, OURS_BF16))
+    best, best_float32 = report.best(row, RIVALS), report.best(row, RIVALS_FLOAT32)
+    return {
+        "case": row.case,
+        "dropout": row.dropout,
+        "vs_naive": row.ratio("naive", ours),
+        "vs_best": row.ratio(best, ours),
+        "vs_eager_fp32": row.ratio(best_float32, OURS),
+        "gemm_share_bf16": row.ratio("gemm-bf16", OURS_BF16),
+        "gemm_share_fp32": row.ratio("gemm", OURS),
+        "ours": ours,
+        "best": best,
+        "best_fp32": best_float32,
+        "ms": row.ms,
+        "peak_mb": row.peak_mb,
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """The ratios of `record`, then milliseconds and peak memory of every variant."""
+    head = ["case", "vs naive", "vs best", "the best", "float32 vs best float32", "its best"]
+    head += ["GEMM share bf16", "GEMM share float32"]
+    cells = []
+    for row in rows:
+        found = record(row)
+        shares = (found["gemm_share_bf16"], found["gemm_share_fp32"])
+        cells.append(
+            [
+                row.case + (f", dropout {row.dropout}" if row.dropout else ""),
+                report.times(found["vs_naive"]),
+                report.times(found["vs_best"]),
+                found["best"] or "",
+                report.times(found["vs_eager_fp32"]),
+                found["best_fp32"] or "",
+                *("" if share is None else f"{share:.0%}" for share in shares),
+            ]
+        )
+    parts = [report.markdown(head, cells)]
+    names = report.variants_of(rows)
+    times = [[row.case, *(report.ms_cell(row, name) for name in names)] for row in rows]
+    parts.append("Milliseconds:\n\n" + report.markdown(["case", *names], times))
+    if any(row.peak_mb for row in rows):
+        names = [name for name in names if VARIANTS[name].kind != "gemm"]
+        peaks = [
+            [row.case, *(f"{row.peak_mb[n]:.0f}" if n in row.peak_mb else "" for n in names)]
+            for row in rows
+        ]
+        parts.append(
+            "Peak memory in MB beyond model and data:\n\n"
+            + report.markdown(["case", *names], peaks)
+        )
+    return "\n\n".join(parts)
+
+
+def model_benchmark(name: str, about: str, *, learns: bool) -> Benchmark:
+    cases = partial(model_cases, learns)
+    return Benchmark(name, about, cases, table, record, rounds=5, of_models=True)

@@ -1,0 +1,136 @@
+"""Benchmarks of single ops at the shapes that they have in the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks import cases, report
+from benchmarks.cases import TrainingCase
+from benchmarks.gate import Function, check_op
+from benchmarks.harness import (
+    OURS,
+    Benchmark,
+    Case,
+    Options,
+    Row,
+    Settings,
+    Variant,
+    compiled,
+    forget_compiled,
+    measure,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# A larger vocabulary changes no shape but the head's.
+SHAPES = tuple(name for name in cases.DEFAULT if name != "gpt-384-v50k")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An op on inputs that all have gradients: ours, eager code and what else competes with it.
+
+    `gated`: it was checked already, by a rule of its own.
+    """
+
+    values: dict[str, Tensor]
+    ours: Function
+    eager: Function
+    others: dict[str, Function] = field(default_factory=dict)
+    gated: bool = False
+
+    def variants(self, compile: bool) -> dict[str, Function]:
+        rivals = {"eager": self.eager, **self.others}
+        if compile:
+            rivals |= {compiled_name(name): compiled(f) for name, f in rivals.items()}
+        return {OURS: self.ours, **rivals}
+
+
+Build = Callable[[TrainingCase, torch.dtype], Operation]
+
+
+def compiled_name(rival: str) -> str:
+    return "compile" if rival == "eager" else f"compile-{rival}"
+
+
+def _forward(function: Function, values: dict[str, Tensor]) -> Variant:
+    def run() -> None:
+        with torch.no_grad():
+            function(**values)
+
+    return run
+
+
+def _both_ways(function: Function, values: dict[str, Tensor], upstream: list[Tensor]) -> Variant:
+    leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+
+    def run() -> None:
+        for leaf in leaves.values():
+            leaf.grad = None
+        outputs = function(**leaves)
+        torch.autograd.backward((outputs,) if isinstance(outputs, Tensor) else outputs, upstream)
+
+    return run
+
+
+def _run(
+    build: Build, shape: TrainingCase, dtype: torch.dtype, name: str, settings: Settings
+) -> list[Row]:
+    if settings.compile:
+        forget_compiled()
+    torch.manual_seed(0)
+    operation = build(shape, dtype)
+    values = operation.values
+    with torch.no_grad():
+        outputs = operation.eager(**values)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    # A scalar is a loss, where backward starts from 1.
+    upstream = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
+    if not operation.gated:
+        check_op(operation.ours, operation.eager, values, upstream)
+    functions = operation.variants(settings.compile)
+    trained = {n: _both_ways(f, values, upstream) for n, f in functions.items()}
+    inferred = {n: _forward(f, values) for n, f in functions.items()}
+    return [
+        measure(row, variants, settings)
+        for row, variants in zip(_rows(name), (trained, inferred), strict=True)
+    ]
+
+
+def _rows(name: str) -> tuple[str, str]:
+    return f"{name} fwd+bwd", f"{name} fwd"
+
+
+def op_cases(
+    builds: dict[str, Build], shapes: tuple[str, ...], others: tuple[str, ...], options: Options
+) -> list[Case]:
+    """A case per op, shape and dtype, with a row for both passes and one for forward alone."""
+    rivals = ("eager", *others)
+    variants = (OURS, *rivals, *map(compiled_name, rivals))
+
+    def all_cases() -> Iterator[Case]:
+        for op, build in builds.items():
+            for shape in options.cases or shapes:
+                for dtype in DTYPES:
+                    name = " ".join(([op] if len(builds) > 1 else []) + [shape, dtype])
+                    run = partial(_run, build, cases.CASES[shape], DTYPES[dtype], name)
+                    yield Case(name, _rows(name), variants, run)
+
+    return list(all_cases())
+
+
+def op_benchmark(
+    name: str,
+    about: str,
+    builds: dict[str, Build],
+    *,
+    shapes: tuple[str, ...] = SHAPES,
+    others: tuple[str, ...] = (),
+) -> Benchmark:
+    """The usual file: `builds` has its ops by name, `others` the rivals beside eager."""
+    collect = partial(op_cases, builds, shapes, others)
+    return Benchmark(name, about, collect, report.op_table, report.op_record)

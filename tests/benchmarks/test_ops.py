@@ -1,0 +1,118 @@
+"""Every file runs on a tiny model, and none prints a figure for a wrong result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastformer
+from benchmarks import bench_dropout, bench_layer_norm
+from benchmarks.command import main
+from benchmarks.gate import WrongResult, check_op
+from benchmarks.test_speed import BENCHMARKS
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+OPS = [benchmark for benchmark in BENCHMARKS if not benchmark.of_models]
+
+
+@pytest.mark.parametrize("benchmark", OPS, ids=lambda benchmark: benchmark.name)
+@pytest.mark.parametrize("case", ["tiny-gpt", "tiny-bert", "tiny-vit"])
+def test_it_runs(benchmark, case, capsys) -> None:
+    main(benchmark, ["--cases", case, "--quick"])
+    out = capsys.readouterr().out
+    if "this version has no" not in out:
+        rows = [line for line in out.splitlines() if line.startswith("|") and case in line]
+        assert rows and all(re.search(r"\| \d+\.\d\dx ", row) for row in rows)
+
+
+def _wrong_layer_norm(x, weight, bias):
+    return fastformer.ops.layer_norm(x, weight, bias) * 1.001
+
+
+def test_a_wrong_op_is_exit_1_and_no_figure(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(fastformer, "layer_norm", _wrong_layer_norm)
+    arguments = ["--cases", "tiny-gpt", "--quick", "--json", str(tmp_path / "x.json")]
+    with pytest.raises(SystemExit) as caught:
+        main(bench_layer_norm.BENCHMARK, arguments)
+    assert "layer_norm tiny-gpt float32: wrong result, not measured: output 0" in str(caught.value)
+    out = capsys.readouterr().out
+    assert "| add_layer_norm tiny-gpt float32 fwd " in out
+    assert "| layer_norm tiny-gpt float32" not in out
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert all(row["case"].startswith("add_layer_norm") for row in rows if "float32" in row["case"])
+
+
+def test_the_gate_finds_a_wrong_gradient() -> None:
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2.01 * grad
+
+    values, upstream = {"x": torch.randn(9)}, [torch.randn(9)]
+    check_op(lambda x: x + x, lambda x: 2 * x, values, upstream)
+    with pytest.raises(WrongResult, match="gradient of x"):
+        check_op(lambda x: Wrong.apply(x), lambda x: 2 * x, values, upstream)
+    with pytest.raises(WrongResult, match="output 0: error nan"):
+        check_op(lambda x: x * float("nan"), lambda x: 2 * x, values, upstream)
+
+
+def test_the_gate_of_dropout_finds_another_mask_in_backward(monkeypatch) -> None:
+    x = torch.randn(64, 64)
+    bench_dropout._check(x)
+    monkeypatch.setattr(
+        fastformer, "dropout", lambda x, p, rng: torch.nn.functional.dropout(x.detach(), p) + 0 * x
+    )
+    with pytest.raises(WrongResult):
+        bench_dropout._check(x)
+
+
+def test_unknown_cases_are_an_error(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(OPS[0], ["--cases", "tiny-gpt,nosuch"])
+    assert "unknown nosuch" in capsys.readouterr().err
+
+
+def test_the_raised_allocator_is_in_the_json(tmp_path) -> None:
+    command = [sys.executable, "-m", "benchmarks.bench_dropout", "--quick"]
+    command += ["--allocator", "raised", "--threads", "1", "--json", str(tmp_path / "x.json")]
+    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
+    machine = json.loads((tmp_path / "x.json").read_text())["machine"]
+    assert machine["allocator"] == "raised" and machine["threads"] == 1
+
+
+def _plugin_version() -> tuple[int, ...]:
+    try:
+        version = importlib.metadata.version("pytest-benchmark")
+    except importlib.metadata.PackageNotFoundError:
+        return (0,)
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+@pytest.mark.skipif(_plugin_version() < (5, 3), reason="needs pytest-benchmark 5.3")
+def test_pytest_benchmark_has_the_samples(tmp_path) -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-k", "dropout"]
+    command += [f"--out={tmp_path}", f"--benchmark-json={tmp_path / 'theirs.json'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    ours = {
+        f"dropout {row['case']}": row["ms"]
+        for row in json.loads((tmp_path / "dropout.json").read_text())["rows"]
+    }
+    theirs = json.loads((tmp_path / "theirs.json").read_text())["benchmarks"]
+    assert len(theirs) == sum(map(len, ours.values())) > 0
+    for entry in theirs:
+        ms = ours[entry["group"]][entry["params"]["variant"]]
+        assert entry["stats"]["median"] == pytest.approx(ms / 1e3)
