@@ -40,7 +40,7 @@ MIN_TORCH = (2, 11)
 
 CPU_OPS = ["dropout", "layer_norm", "linear", "mlp", "linear_cross_entropy"]
 CPU_OPS += ["attention_fwd", "attention_bwd", "adamw"]
-BINDINGS = ["dropout", "linear", "linear_cross_entropy"]
+BINDINGS = ["dropout", "linear", "linear_cross_entropy", "adamw"]
 CUDA_SOURCES = ["runtime", "dropout"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
