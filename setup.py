@@ -42,6 +42,7 @@ MIN_TORCH = (2, 11)
 CPU_OPS = ["dropout", "layer_norm", "linear", "mlp", "linear_cross_entropy"]
 CPU_OPS += ["attention_fwd", "attention_bwd", "adamw"]
 BINDINGS = ["dropout", "attention", "layer_norm", "linear", "linear_cross_entropy", "mlp"]
+BINDINGS += ["adamw"]
 CUDA_SOURCES = ["runtime", "dropout"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -52,10 +52,10 @@ VARIANTS = _variants()
 
 
 def _optimizer(variant: Variant, model: nn.Module) -> torch.optim.Optimizer:
-    """Torch's default for naive code, its fused one for experts, ours where this version has it."""
-    ours = getattr(fastformer, "AdamW", None)
-    if variant.kind == "ours" and ours is not None:
-        return ours(model.parameters(), lr=1e-4)
+    """Torch's default for naive code, its fused one for experts, ours with copies for autocast."""
+    if variant.kind == "ours":
+        copies = torch.bfloat16 if variant.dtype == torch.bfloat16 else None
+        return fastformer.AdamW(model.parameters(), lr=1e-4, low_precision_copies=copies)
     return torch.optim.AdamW(
         model.parameters(), lr=1e-4, fused=None if variant.kind == "naive" else True
     )

@@ -29,6 +29,7 @@ from fastformer.ops import (
     linear_cross_entropy,
     mlp,
 )
+from fastformer.optim import AdamW
 from fastformer.presets import from_preset
 from fastformer.pretrained import load_pretrained
 from fastformer.transformer import (
@@ -47,6 +48,7 @@ __version__ = _version()
 __all__ = [
     "BERT",
     "GPT",
+    "AdamW",
     "ImageConfig",
     "TextConfig",
     "Transformer",

@@ -117,6 +117,18 @@ template <class T> FASTFORMER_INLINE Vec divide(Vec a, Vec b) {
   return a / b;
 }
 
+FASTFORMER_INLINE Vec sqrt(Vec x) {
+#if defined(__AVX512BW__)
+  return (Vec)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kLanes; ++i)
+    x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
 FASTFORMER_INLINE float sum(Vec v) {
 #if defined(__AVX512BW__)
   return _mm512_reduce_add_ps((__m512)v);

@@ -48,6 +48,7 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "linear_fwd": ("cpu", "reference"),
         "linear_bwd": ("cpu", "reference"),
         "linear_cross_entropy_fwd": ("cpu", "reference"),
+        "adamw_step": ("cpu", "reference"),
     },
     "cuda": {
         # "cuda" joins this row when it has passed its tests on a GPU.

@@ -544,3 +544,34 @@ def _check_targets(targets: Tensor, V: int) -> None:
         raise ValueError(
             f"linear_cross_entropy: targets must be in [0, {V}) or equal ignore_index, got {bad}"
         )
+
+
+# ---- AdamW ----
+
+
+def adamw_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    copies: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update params, both averages and, unless the list is empty, the params' copies.
+
+    `steps` hold the number of this step, which is 1 for a parameter's first.
+    """
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        exp_avg, exp_avg_sq, t = exp_avgs[index], exp_avg_sqs[index], steps[index].item()
+        exp_avg.lerp_(grad, 1.0 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+        denominator = exp_avg_sq.sqrt().div_(math.sqrt(1.0 - beta2**t)).add_(eps)
+        param.mul_(1.0 - lr * weight_decay)
+        param.addcdiv_(exp_avg, denominator, value=-lr / (1.0 - beta1**t))
+        if copies:
+            copies[index].copy_(param)

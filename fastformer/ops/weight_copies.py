@@ -12,18 +12,28 @@ not happen.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_copies: Any = WeakTensorKeyDictionary()  # master -> (copy, the master's version and address)
+# master -> (weak reference to the copy, the master's version and address)
+_copies: Any = WeakTensorKeyDictionary()
 
 
 def register(weight: Tensor, copy: Tensor) -> None:
-    """Let `copy` stand for `weight`, which it equals in its own dtype, until the weight changes."""
-    _copies[weight] = (copy, weight._version, weight.data_ptr())
+    """Let `copy` stand for `weight`, which it equals in its own dtype, until the weight changes.
+
+    The caller keeps the copy alive: with an optimiser, its copies are gone.
+    """
+    _copies[weight] = (weakref.ref(copy), weight._version, weight.data_ptr())
+
+
+def forget(weight: Tensor) -> None:
+    """Undo `register`."""
+    _copies.pop(weight, None)
 
 
 def cast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -32,8 +42,12 @@ def cast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return weight
     # A graph is traced once and run after any number of steps.
     if not torch.compiler.is_compiling() and (found := _copies.get(weight)) is not None:
-        copy, version, address = found
-        valid = weight._version == version and weight.data_ptr() == address
-        if valid and copy.dtype == dtype and copy.shape == weight.shape:
+        reference, version, address = found
+        copy = reference()
+        if (
+            copy is not None
+            and (weight._version, weight.data_ptr()) == (version, address)
+            and (copy.dtype, copy.shape) == (dtype, weight.shape)
+        ):
             return copy
     return weight.to(dtype)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 
+from fastformer.optim import AdamW
 from fastformer.train.config import TrainConfig
 
 
@@ -18,12 +18,21 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and embeddings, and leaves biases and norms alone."""
+def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW that decays matrices and embeddings, and leaves biases and norms alone.
+
+    Under autocast on a CPU it keeps the matrices in low precision too.
+    """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    return AdamW(
+        groups,
+        lr=config.lr,
+        betas=(0.9, 0.95),
+        fused=True,
+        low_precision_copies=config.autocast_dtype(),
+    )

@@ -39,11 +39,12 @@ def _kill_at(args: list[str], step: int, number: int, cwd: Path, env: dict[str, 
     return process.wait(timeout=120)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "precision"), [(1, "float32"), (2, "bfloat16")])
 @pytest.mark.parametrize("kind", ["gpt", "bert", "vit"])
 def test_sigkill_and_resume_is_bit_exact(
     kind: str,
     workers: int,
+    precision: str,
     arguments: Callable[..., list[str]],
     command: Callable[..., subprocess.CompletedProcess[str]],
     environment: dict[str, str],
@@ -52,6 +53,7 @@ def test_sigkill_and_resume_is_bit_exact(
     # One in four is killed before its first checkpoint.
     step = random.choice([random.randint(1, 2), *random.sample(range(3, STEPS - 5), 3)])
     more = ("--steps", STEPS, "--dropout", 0.1, "--checkpoint-every", 3, "--seed", 3)
+    more += ("--precision", precision)
     whole = command(arguments(kind, tmp_path / "whole", *more, "--workers", 3 - workers))
     assert whole.returncode == 0, whole.stderr
 

@@ -1,0 +1,98 @@
+// Binding of the op adamw_step.
+#include "ops/binding.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace fastformer {
+namespace {
+
+constexpr int64_t kPiece = 32768; // elements that one task updates
+
+// A part of one parameter, and what is known of its step.
+struct Piece {
+  float *param;
+  const float *grad;
+  float *exp_avg, *exp_avg_sq;
+  cpu::bf16 *copy;
+  int64_t size;
+  cpu::AdamwStep step;
+};
+
+float *float_data(const char *name, const Tensor &t, int64_t numel) {
+  STD_TORCH_CHECK(
+      t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel,
+      "adamw_step: ", name, " must be contiguous float32 on the CPU, of the parameter's size");
+  return static_cast<float *>(t.mutable_data_ptr());
+}
+
+double step_number(const Tensor &t) {
+  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1, "adamw_step: steps must be numbers on the CPU");
+  if (t.scalar_type() == ScalarType::Double)
+    return *static_cast<const double *>(t.const_data_ptr());
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "adamw_step: steps must be floating point");
+  return *static_cast<const float *>(t.const_data_ptr());
+}
+
+void adamw_step_cpu(const std::vector<Tensor> &params, const std::vector<Tensor> &grads,
+                    const std::vector<Tensor> &exp_avgs, const std::vector<Tensor> &exp_avg_sqs,
+                    const std::vector<Tensor> &steps, const std::vector<Tensor> &copies, double lr,
+                    double beta1, double beta2, double eps, double weight_decay) {
+  const size_t count = params.size();
+  STD_TORCH_CHECK(grads.size() == count && exp_avgs.size() == count &&
+                      exp_avg_sqs.size() == count && steps.size() == count &&
+                      (copies.empty() || copies.size() == count),
+                  "adamw_step: the lists must have one length, or none for copies");
+  std::vector<Tensor> dense; // keeps what had to be made contiguous
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t n = params[i].numel();
+    dense.push_back(torch::stable::contiguous(grads[i]));
+    const double t = step_number(steps[i]);
+    Piece piece{};
+    piece.param = float_data("params", params[i], n);
+    piece.grad = float_data("grads", dense.back(), n);
+    piece.exp_avg = float_data("exp_avgs", exp_avgs[i], n);
+    piece.exp_avg_sq = float_data("exp_avg_sqs", exp_avg_sqs[i], n);
+    if (!copies.empty()) {
+      const Tensor &copy = copies[i];
+      STD_TORCH_CHECK(copy.is_cpu() && copy.scalar_type() == ScalarType::BFloat16 &&
+                          copy.is_contiguous() && copy.numel() == n,
+                      "adamw_step: copies must be contiguous bfloat16, of the parameters' sizes");
+      piece.copy = static_cast<cpu::bf16 *>(copy.mutable_data_ptr());
+    }
+    piece.step.decay = static_cast<float>(1.0 - lr * weight_decay);
+    piece.step.rest1 = static_cast<float>(1.0 - beta1);
+    piece.step.beta2 = static_cast<float>(beta2);
+    piece.step.rest2 = static_cast<float>(1.0 - beta2);
+    piece.step.size = static_cast<float>(lr / (1.0 - std::pow(beta1, t)));
+    piece.step.root_size = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
+    piece.step.eps = static_cast<float>(eps);
+    for (int64_t done = 0; done < n; done += kPiece) {
+      piece.size = std::min(kPiece, n - done);
+      pieces.push_back(piece);
+      piece.param += kPiece;
+      piece.grad += kPiece;
+      piece.exp_avg += kPiece;
+      piece.exp_avg_sq += kPiece;
+      piece.copy += piece.copy ? kPiece : 0;
+    }
+  }
+  const auto kernel = cpu_kernels().adamw->step;
+  const int64_t number = static_cast<int64_t>(pieces.size());
+  torch::stable::parallel_for(0, number, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Piece &p = pieces[i];
+      kernel(p.param, p.grad, p.exp_avg, p.exp_avg_sq, p.copy, p.size, p.step);
+    }
+  });
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
+  m.impl("adamw_step.cpu", TORCH_BOX(&adamw_step_cpu));
+}
+
+} // namespace fastformer
