@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastformer.ops import weight_copies
 from fastformer.ops.adamw import adamw_step
+from fastformer.ops.weight_copies import WeightCopy
 
 # Settings of a group that the kernel does not know.
 _FOREIGN = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -67,7 +67,7 @@ class AdamW(torch.optim.AdamW):
             fused=fused,
         )
         self._copy_dtype = low_precision_copies
-        self._copies: dict[Tensor, Tensor] = {}
+        self._copies: dict[Tensor, WeightCopy] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_copy_dtype": self._copy_dtype}
@@ -86,7 +86,7 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if not self._step_in_one_pass():
-                self._forget_copies()
+                self._copies.clear()
                 # Past the wrapper around torch's own step, which would run the hooks a second time.
                 inspect.unwrap(torch.optim.AdamW.step)(self)
         return loss
@@ -117,11 +117,7 @@ class AdamW(torch.optim.AdamW):
         return True
 
     def _run_kernel(self, lists: list[list[Tensor]], settings: dict[str, Any]) -> None:
-        params, *_, steps = lists
-        if not params:
-            return
-        torch._foreach_add_(steps, 1)
-        wanted = [self._copy_dtype is not None and p.dim() >= 2 for p in params]
+        wanted = [self._copy_dtype is not None and p.dim() >= 2 for p in lists[0]]
         for with_copy in (True, False):
             if with_copy not in wanted:
                 continue
@@ -130,21 +126,16 @@ class AdamW(torch.optim.AdamW):
                 for tensors in lists
             ]
             copies = [self._copy_of(p) for p in chosen[0]] if with_copy else []
-            adamw_step(*chosen, copies=copies, **settings)
-            if with_copy:
-                for param, copy in zip(chosen[0], copies, strict=True):
-                    weight_copies.register(param, copy)
+            adamw_step(*chosen, copies=[copy.tensor for copy in copies], **settings)
+            for copy, param in zip(copies, chosen[0], strict=False):
+                copy.is_written(param)
 
-    def _copy_of(self, param: Tensor) -> Tensor:
+    def _copy_of(self, param: Tensor) -> WeightCopy:
         copy = self._copies.get(param)
-        if copy is None or copy.shape != param.shape:
-            copy = self._copies[param] = torch.empty_like(param, dtype=self._copy_dtype)
+        if copy is None or copy.tensor.shape != param.shape:
+            assert self._copy_dtype is not None
+            copy = self._copies[param] = WeightCopy(param, self._copy_dtype)
         return copy
-
-    def _forget_copies(self) -> None:
-        for param in self._copies:
-            weight_copies.forget(param)
-        self._copies.clear()
 
 
 def _is_plain(t: Tensor) -> bool:

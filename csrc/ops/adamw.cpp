@@ -27,12 +27,17 @@ float *float_data(const char *name, const Tensor &t, int64_t numel) {
   return static_cast<float *>(t.mutable_data_ptr());
 }
 
-double step_number(const Tensor &t) {
+// One more than `t`, which becomes that when `write` says so.
+double next_step(const Tensor &t, bool write) {
   STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1, "adamw_step: steps must be numbers on the CPU");
-  if (t.scalar_type() == ScalarType::Double)
-    return *static_cast<const double *>(t.const_data_ptr());
+  void *data = t.mutable_data_ptr();
+  if (t.scalar_type() == ScalarType::Double) {
+    double *number = static_cast<double *>(data);
+    return write ? ++*number : *number + 1.0;
+  }
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "adamw_step: steps must be floating point");
-  return *static_cast<const float *>(t.const_data_ptr());
+  float *number = static_cast<float *>(data);
+  return write ? ++*number : *number + 1.0f;
 }
 
 void adamw_step_cpu(const std::vector<Tensor> &params, const std::vector<Tensor> &grads,
@@ -49,7 +54,7 @@ void adamw_step_cpu(const std::vector<Tensor> &params, const std::vector<Tensor>
   for (size_t i = 0; i < count; ++i) {
     const int64_t n = params[i].numel();
     dense.push_back(torch::stable::contiguous(grads[i]));
-    const double t = step_number(steps[i]);
+    const double t = next_step(steps[i], false);
     Piece piece{};
     piece.param = float_data("params", params[i], n);
     piece.grad = float_data("grads", dense.back(), n);
@@ -80,6 +85,8 @@ void adamw_step_cpu(const std::vector<Tensor> &params, const std::vector<Tensor>
     }
   }
   const auto kernel = cpu_kernels().adamw->step;
+  for (const Tensor &step : steps)
+    next_step(step, true); // only now that nothing is left to be refused
   const int64_t number = static_cast<int64_t>(pieces.size());
   torch::stable::parallel_for(0, number, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -20,7 +20,7 @@ def _fake(*args: Any) -> None:
 
 dispatch.define(
     "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
-    " Tensor(c!)[] exp_avg_sqs, Tensor[] steps, Tensor(d!)[] copies, float lr, float beta1,"
+    " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] copies, float lr, float beta1,"
     " float beta2, float eps, float weight_decay) -> ()",
     reference=reference.adamw_step,
     fake=_fake,
@@ -44,8 +44,8 @@ def adamw_step(
 ) -> None:
     """Update float32 parameters on the CPU and, unless the list is empty, their bfloat16 copies.
 
-    `steps` hold each parameter's number of this step, from 1 on. Everything but the gradients must
-    be contiguous. Autograd sees the parameters and the copies change.
+    `steps` count the steps each parameter has had. Everything but the gradients must be contiguous.
+    Autograd sees the parameters and the copies change.
     """
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, copies)
     torch.ops.fastformer.adamw_step.default(*lists, lr, beta1, beta2, eps, weight_decay)

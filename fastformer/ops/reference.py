@@ -562,12 +562,9 @@ def adamw_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Update params, both averages and, unless the list is empty, the params' copies.
-
-    `steps` hold the number of this step, which is 1 for a parameter's first.
-    """
+    """Update params, both averages, the numbers of steps and, if there are any, the copies."""
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        exp_avg, exp_avg_sq, t = exp_avgs[index], exp_avg_sqs[index], steps[index].item()
+        exp_avg, exp_avg_sq, t = exp_avgs[index], exp_avg_sqs[index], steps[index].add_(1).item()
         exp_avg.lerp_(grad, 1.0 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
         denominator = exp_avg_sq.sqrt().div_(math.sqrt(1.0 - beta2**t)).add_(eps)

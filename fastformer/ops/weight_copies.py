@@ -5,8 +5,8 @@ optimiser that has just computed a weight can write it a second time in low prec
 nothing; `fastformer.AdamW` does so and registers the copy here.
 
 A copy counts as long as its master's version and address are those recorded with it, so any change
-that autograd can see is noticed. A write through `weight.data` is one that it cannot see: only an
-optimiser that the user has asked for copies registers any, and between its steps such writes must
+that autograd can see is noticed. A write through `weight.data` is one that it cannot see: copies
+exist only where the user has asked an optimiser for them, and between its steps such writes must
 not happen.
 """
 
@@ -19,35 +19,34 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# master -> (weak reference to the copy, the master's version and address)
-_copies: Any = WeakTensorKeyDictionary()
+_copies: Any = WeakTensorKeyDictionary()  # master -> weak reference to its WeightCopy
 
 
-def register(weight: Tensor, copy: Tensor) -> None:
-    """Let `copy` stand for `weight`, which it equals in its own dtype, until the weight changes.
+class WeightCopy:
+    """Memory for a copy of `weight` in `dtype`, used by `cast` while this object lives."""
 
-    The caller keeps the copy alive: with an optimiser, its copies are gone.
-    """
-    _copies[weight] = (weakref.ref(copy), weight._version, weight.data_ptr())
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.tensor = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+        self._state: tuple[int, int] | None = None
+        _copies[weight] = weakref.ref(self)
 
+    def is_written(self, weight: Tensor) -> None:
+        """Let the copy stand for `weight`, which it now equals, until the weight changes."""
+        self._state = (weight._version, weight.data_ptr())
 
-def forget(weight: Tensor) -> None:
-    """Undo `register`."""
-    _copies.pop(weight, None)
+    def stands_for(self, weight: Tensor) -> bool:
+        """Whether the weight is what it was when the copy was written."""
+        unchanged = self._state == (weight._version, weight.data_ptr())
+        return unchanged and self.tensor.shape == weight.shape
 
 
 def cast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return `weight` in `dtype`: itself, its registered copy, or a fresh one. None stays None."""
+    """Return `weight` in `dtype`: itself, its valid copy, or a fresh one. None stays None."""
     if weight is None or weight.dtype == dtype:
         return weight
     # A graph is traced once and run after any number of steps.
-    if not torch.compiler.is_compiling() and (found := _copies.get(weight)) is not None:
-        reference, version, address = found
+    if not torch.compiler.is_compiling() and (reference := _copies.get(weight)) is not None:
         copy = reference()
-        if (
-            copy is not None
-            and (weight._version, weight.data_ptr()) == (version, address)
-            and (copy.dtype, copy.shape) == (dtype, weight.shape)
-        ):
-            return copy
+        if copy is not None and copy.tensor.dtype == dtype and copy.stands_for(weight):
+            return copy.tensor
     return weight.to(dtype)

@@ -276,7 +276,7 @@ def raw_calls():
     param, copy = torch.randn(2, 3, 5), torch.zeros(3, 5, dtype=torch.bfloat16)
     for copies in ([], [copy]):
         lists = ([param[0].clone()], [param[1]], [torch.zeros(3, 5)], [torch.zeros(3, 5)])
-        yield "adamw_step", (*lists, [torch.tensor(1.0)], copies, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+        yield "adamw_step", (*lists, [torch.tensor(0.0)], copies, 1e-3, 0.9, 0.95, 1e-8, 0.1)
 
 
 RAW_CALLS = list(raw_calls())

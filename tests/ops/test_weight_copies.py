@@ -18,13 +18,14 @@ def parameter(*shape):
 
 
 def register(weight):
-    kept = weight.detach().to(BF16)
-    weight_copies.register(weight, kept)
+    kept = weight_copies.WeightCopy(weight, BF16)
+    kept.tensor.copy_(weight.detach())
+    kept.is_written(weight)
     return kept
 
 
 def is_used(weight, kept):
-    return weight_copies.cast(weight, BF16) is kept
+    return weight_copies.cast(weight, BF16) is kept.tensor
 
 
 def test_a_registered_copy_stands_for_its_weight():
@@ -32,6 +33,8 @@ def test_a_registered_copy_stands_for_its_weight():
     assert weight_copies.cast(None, BF16) is None
     assert weight_copies.cast(weight, torch.float32) is weight
     assert torch.equal(weight_copies.cast(weight, BF16), weight.to(BF16))
+    unwritten = weight_copies.WeightCopy(weight, BF16)
+    assert not is_used(weight, unwritten)
     kept = register(weight)
     assert is_used(weight, kept)
     assert weight_copies.cast(weight, torch.float32) is weight
@@ -72,8 +75,10 @@ def test_a_changed_weight_is_cast_again(change):
     assert torch.equal(weight_copies.cast(weight, BF16), weight.to(BF16))
 
 
-def test_copies_belong_to_one_tensor_and_die_with_it():
+def test_copies_belong_to_one_tensor_and_die_with_it_or_their_owner():
     weight = parameter(3, 4)
+    tensor = register(weight).tensor  # whose owner is gone
+    assert weight_copies.cast(weight, BF16) is not tensor
     kept = register(weight)
     assert not is_used(copy.deepcopy(weight), kept)
     assert not is_used(weight.detach(), kept)
@@ -89,7 +94,8 @@ def test_a_compiled_graph_holds_no_copy():
     compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", BF16), torch.no_grad():
         for _ in range(2):
-            register(weight)
+            kept = register(weight)
+            assert is_used(weight, kept)
             assert torch.equal(compiled(x, weight), ops.linear(x, weight))
             weight.mul_(2.0)
 
@@ -127,8 +133,8 @@ def test_copies_change_no_bit(function, shapes):
         results.append((loss, without_grad, *torch.autograd.grad(loss, leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert all(grad.dtype == torch.float32 for grad in results[0][2:])
-    for tensor in kept:
-        tensor.zero_()  # unseen by the registry, so whatever uses the copies now finds zeros
+    for one in kept:
+        one.tensor.zero_()  # unseen by the registry, so whatever uses the copies now finds zeros
     with torch.autocast("cpu", BF16), torch.no_grad():
         loss = function(*leaves)
     expected = torch.tensor(9.0).log() if function is linear_cross_entropy else torch.tensor(0.0)
@@ -142,8 +148,8 @@ def test_a_step_between_forward_and_backward_is_an_error(function, shapes):
     kept = [register(leaf) for leaf in leaves[1:]]
     with torch.autocast("cpu", BF16):
         loss = function(*leaves)
-    for tensor in kept:
-        tensor.mul_(2.0)
+    for one in kept:
+        one.tensor.mul_(2.0)
     if function is linear_cross_entropy:  # which has computed its gradients
         loss.backward()
         return
@@ -154,7 +160,7 @@ def test_a_step_between_forward_and_backward_is_an_error(function, shapes):
 @each_op
 def test_a_float32_weight_beside_bfloat16_is_an_error_without_autocast(function, shapes):
     x, *weights = [parameter(*shape) for shape in shapes]
-    for weight in weights:
-        register(weight)
+    kept = [register(weight) for weight in weights]
     with pytest.raises(TypeError, match="dtypes must match"):
         function(x.to(BF16), *weights)
+    assert all(map(is_used, weights, kept))
