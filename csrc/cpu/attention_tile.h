@@ -195,7 +195,7 @@ FASTFORMER_INLINE KeepEight draw_eight(const Dropout &dropout, uint32_t first_ro
     pairs[i] = i % 2 == 0 ? static_cast<uint32_t>(i) : 0;
   const UintVec rows = pairs * row_step + first_row;
   const Words c0 = broadcast(col_group), c2 = broadcast(static_cast<uint32_t>(dropout.stream)),
-                  c3 = broadcast(static_cast<uint32_t>(dropout.stream >> 32));
+              c3 = broadcast(static_cast<uint32_t>(dropout.stream >> 32));
   const Draws even = philox(dropout.seed, {{c0, bits<Words>(rows), c2, c3}});
   const Draws odd = philox(dropout.seed, {{c0, bits<Words>(rows + row_step), c2, c3}});
   for (int j = 0; j < 4; ++j)

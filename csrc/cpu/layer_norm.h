@@ -41,8 +41,6 @@ struct LayerNormKernels {
   void (*bwd[2][2])(const LayerNormBackward &, int64_t begin, int64_t end); // rows, normed
   void (*add_bwd[2][2][2])(const LayerNormBackward &, int64_t begin,
                            int64_t end); // x, rows, normed
-  void (*add_blocks[2])(void *out, const float *partials, int64_t blocks, int64_t stride,
-                        int64_t cols);
 };
 
 } // namespace fastformer::cpu

@@ -1,49 +1,48 @@
 // Bias and its gradient.
 #include "cpu/linear.h"
+#include "cpu/row_sums.h"
 #include "cpu/vec.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
 namespace {
 
-void add_bias(bf16 *out, const bf16 *bias, int64_t rows, int64_t cols) {
-  const int64_t whole = cols / kLanes * kLanes, tail = cols - whole;
-  for (int64_t row = 0; row < rows; ++row, out += cols) {
-    for (int64_t col = 0; col < whole; col += kLanes)
-      store(out + col, load(out + col) + load(bias + col));
-    if (tail)
-      store(out + whole, load(out + whole, tail) + load(bias + whole, tail), tail);
+template <class T>
+void add_bias(void *rows, const float *bias, int64_t begin, int64_t end, int64_t cols) {
+  for (int64_t row = begin; row < end; ++row) {
+    T *out = static_cast<T *>(rows) + row * cols;
+    for_each_vec(0, cols, [&](int64_t j, auto n, int) {
+      store(out + j, load(out + j, n) + load(bias + j, n), n);
+    });
   }
 }
 
-// Row after row, as they lie in memory, the sums staying in cache; several at once, so that the
-// sums are read and written less often than the matrix.
 template <class T>
-void column_sums(float *sums, const T *x, int64_t rows, int64_t cols, int64_t stride) {
-  const int64_t whole = cols / kLanes * kLanes, tail = cols - whole;
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4, x += 4 * stride) {
-    const T *a = x, *b = a + stride, *c = b + stride, *d = c + stride;
-    for (int64_t col = 0; col < whole; col += kLanes) {
-      const Vec four = (load(a + col) + load(b + col)) + (load(c + col) + load(d + col));
-      store(sums + col, load(sums + col) + four);
+void column_sums(float *partials, const void *rows, int64_t block_begin, int64_t block_end,
+                 int64_t N, int64_t cols, int64_t rows_per_block) {
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    float *sums = partials + block * cols;
+    const int64_t first = block * rows_per_block;
+    const int64_t last = N - first < rows_per_block ? N : first + rows_per_block;
+    for (int64_t row = first; row < last; row += kRows) {
+      const T *in = static_cast<const T *>(rows) + row * cols;
+      const int count = last - row < kRows ? static_cast<int>(last - row) : kRows;
+      for_each_vec(0, cols, [&](int64_t j, auto n, int) {
+        Vec group = zero();
+        for (int r = 0; r < count; ++r)
+          group += load(in + r * cols + j, n);
+        store(sums + j, row == first ? group : load(sums + j, n) + group, n);
+      });
     }
-    if (tail) {
-      const Vec four = (load(a + whole, tail) + load(b + whole, tail)) +
-                       (load(c + whole, tail) + load(d + whole, tail));
-      store(sums + whole, load(sums + whole, tail) + four, tail);
-    }
-  }
-  for (; row < rows; ++row, x += stride) {
-    for (int64_t col = 0; col < whole; col += kLanes)
-      store(sums + col, load(sums + col) + load(x + col));
-    if (tail)
-      store(sums + whole, load(sums + whole, tail) + load(x + whole, tail), tail);
   }
 }
 
 } // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels = {add_bias, column_sums<float>, column_sums<bf16>};
+const LinearKernels linear_kernels = {
+    {add_bias<float>, add_bias<bf16>},
+    {column_sums<float>, column_sums<bf16>},
+    {add_blocks<float>, add_blocks<bf16>},
+};
 
 } // namespace fastformer::cpu::FASTFORMER_ISA

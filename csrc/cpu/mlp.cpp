@@ -20,7 +20,7 @@ void gelu_fwd(const GeluForward &a, int64_t row_begin, int64_t row_end) {
     for (int64_t begin = 0; begin < a.F; begin += chunk) {
       const int64_t end = a.F - begin < chunk ? a.F : begin + chunk;
       if (drops)
-        draw_keep(keep, a.dropout, row, begin, end);
+        draw_keep(keep, a.dropout, row, begin);
       for_each_vec(begin, end, [&](int64_t j, auto n, int) {
         Vec x = load(pre + j, n);
         if (a.bias) {
@@ -49,7 +49,7 @@ FASTFORMER_INLINE void gelu_bwd_row(const GeluBackward &a, int64_t row, float *g
   for (int64_t begin = 0; begin < a.F; begin += chunk) {
     const int64_t end = a.F - begin < chunk ? a.F : begin + chunk;
     if (drops)
-      draw_keep(keep, a.dropout, row, begin, end);
+      draw_keep(keep, a.dropout, row, begin);
     for_each_vec(begin, end, [&](int64_t j, auto n, int) {
       const GeluAndSlope at = gelu_and_slope<T, kTanh>(load(pre + j, n));
       Vec y = at.value, d = load(grad + j, n) * at.slope;
@@ -83,36 +83,6 @@ void gelu_bwd(const GeluBackward &a, int64_t block_begin, int64_t block_end) {
   }
 }
 
-template <class T>
-void add_bias(void *rows, const float *bias, int64_t begin, int64_t end, int64_t cols) {
-  for (int64_t row = begin; row < end; ++row) {
-    T *out = static_cast<T *>(rows) + row * cols;
-    for_each_vec(0, cols, [&](int64_t j, auto n, int) {
-      store(out + j, load(out + j, n) + load(bias + j, n), n);
-    });
-  }
-}
-
-template <class T>
-void column_sums(float *partials, const void *rows, int64_t block_begin, int64_t block_end,
-                 int64_t N, int64_t cols, int64_t rows_per_block) {
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    float *sums = partials + block * cols;
-    const int64_t first = block * rows_per_block;
-    const int64_t last = N - first < rows_per_block ? N : first + rows_per_block;
-    for (int64_t row = first; row < last; row += kRows) {
-      const T *in = static_cast<const T *>(rows) + row * cols;
-      const int count = last - row < kRows ? static_cast<int>(last - row) : kRows;
-      for_each_vec(0, cols, [&](int64_t j, auto n, int) {
-        Vec group = zero();
-        for (int r = 0; r < count; ++r)
-          group += load(in + r * cols + j, n);
-        store(sums + j, row == first ? group : load(sums + j, n) + group, n);
-      });
-    }
-  }
-}
-
 } // namespace
 
 extern const MlpKernels mlp_kernels;
@@ -121,9 +91,6 @@ const MlpKernels mlp_kernels = {
      {gelu_fwd<bf16, false>, gelu_fwd<bf16, true>}},
     {{gelu_bwd<float, false>, gelu_bwd<float, true>},
      {gelu_bwd<bf16, false>, gelu_bwd<bf16, true>}},
-    {add_bias<float>, add_bias<bf16>},
-    {column_sums<float>, column_sums<bf16>},
-    {add_blocks<float>, add_blocks<bf16>},
 };
 
 } // namespace fastformer::cpu::FASTFORMER_ISA

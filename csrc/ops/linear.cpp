@@ -1,15 +1,13 @@
 // Bindings of the ops linear_fwd and linear_bwd.
 #include "ops/binding.h"
 #include "ops/gemm.h"
+#include "ops/rows.h"
 
-#include <algorithm>
 #include <tuple>
 #include <vector>
 
 namespace fastformer {
 namespace {
-
-constexpr int64_t kElementsPerTask = 32768; // below, starting a thread costs more than the work
 
 // The sizes of `x` (..., C) as a matrix: all leading dimensions are rows.
 struct Rows {
@@ -25,10 +23,6 @@ Tensor as_matrix(const Tensor &x) {
   return torch::stable::reshape(x, {size.rows, size.cols});
 }
 
-int64_t grain(int64_t elements_each) {
-  return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_each));
-}
-
 void check(const char *op, const Tensor &x, const Tensor &weight) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
@@ -36,36 +30,6 @@ void check(const char *op, const Tensor &x, const Tensor &weight) {
   STD_TORCH_CHECK(weight.scalar_type() == dtype, op, ": x and weight must have one dtype");
   STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 2 && weight.size(1) == x.size(x.dim() - 1), op,
                   ": x must be (..., C) and weight (C_out, C)");
-}
-
-// Sums over the rows of a contiguous matrix, in float32: first of blocks whose number depends only
-// on that of the rows, then of the blocks' sums, so that the threads do not show in the result.
-Tensor column_sums(const Tensor &x) {
-  const int64_t rows = x.size(0), cols = x.size(1);
-  const int64_t blocks = std::min<int64_t>(64, (rows + 63) / 64);
-  const cpu::LinearKernels &kernels = *cpu_kernels().linear;
-  const Tensor partial = torch::stable::new_zeros(x, {blocks, cols}, ScalarType::Float);
-  const Tensor sums = torch::stable::new_zeros(x, {cols}, ScalarType::Float);
-  float *partial_data = static_cast<float *>(partial.mutable_data_ptr());
-  float *sums_data = static_cast<float *>(sums.mutable_data_ptr());
-  const void *data = x.const_data_ptr();
-  const bool is_f32 = x.scalar_type() == ScalarType::Float;
-  torch::stable::parallel_for(0, blocks, grain(64 * cols), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-      float *out = partial_data + block * cols;
-      if (is_f32)
-        kernels.column_sums_f32(out, static_cast<const float *>(data) + first * cols, count, cols,
-                                cols);
-      else
-        kernels.column_sums_bf16(out, static_cast<const cpu::bf16 *>(data) + first * cols, count,
-                                 cols, cols);
-    }
-  });
-  torch::stable::parallel_for(0, cols, grain(blocks), [&](int64_t begin, int64_t end) {
-    kernels.column_sums_f32(sums_data + begin, partial_data + begin, blocks, end - begin, cols);
-  });
-  return sums;
 }
 
 Tensor linear_fwd_cpu(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias) {
@@ -89,13 +53,8 @@ Tensor linear_fwd_cpu(const Tensor &x, const Tensor &weight, const std::optional
   }
   // In bfloat16 oneDNN's own addition costs more than this pass.
   mm_out(product, as_matrix(x), transposed(weight));
-  const Tensor row = torch::stable::contiguous(*bias);
-  cpu::bf16 *data = static_cast<cpu::bf16 *>(out.mutable_data_ptr());
-  const cpu::bf16 *row_data = static_cast<const cpu::bf16 *>(row.const_data_ptr());
-  const auto kernel = cpu_kernels().linear->add_bias;
-  torch::stable::parallel_for(0, size.rows, grain(cols), [&](int64_t begin, int64_t end) {
-    kernel(data + begin * cols, row_data, end - begin, cols);
-  });
+  add_row_bias(out.mutable_data_ptr(), float_vector("linear_fwd", "bias", *bias, cols), size.rows,
+               cols, 1);
   return out;
 }
 
@@ -111,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd_cpu(const Tensor &grad_out, const 
   const Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
   mm_out(torch::stable::view(grad_x, {size.rows, size.cols}), grad, weight);
   mm_out(grad_weight, transposed(grad), as_matrix(x));
-  return {grad_x, grad_weight, torch::stable::to(column_sums(grad), x.scalar_type())};
+  return {grad_x, grad_weight,
+          column_sums(grad, size.rows, weight.size(0), is_bf16("linear_bwd", "x", x))};
 }
 
 } // namespace

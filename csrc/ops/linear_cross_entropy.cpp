@@ -153,7 +153,7 @@ void loss_of_rows(const Tensor &logits, const int64_t *targets, const cpu::Cross
   const cpu::Kernels &kernels = cpu_kernels();
   std::optional<Tensor> partial;
   if (bias_sums.has_value())
-    partial = torch::stable::new_empty(*bias_sums, {blocks, V});
+    partial = torch::stable::new_empty(*bias_sums, {blocks + 1, V}); // the last: sums so far
   float *partial_data =
       partial.has_value() ? static_cast<float *>(partial->mutable_data_ptr()) : nullptr;
   void *data = logits.mutable_data_ptr();
@@ -176,7 +176,8 @@ void loss_of_rows(const Tensor &logits, const int64_t *targets, const cpu::Cross
     return;
   float *sums = static_cast<float *>(bias_sums->mutable_data_ptr());
   torch::stable::parallel_for(0, V, 4096, [&](int64_t begin, int64_t end) {
-    kernels.linear->column_sums_f32(sums + begin, partial_data + begin, blocks, end - begin, V);
+    std::copy(sums + begin, sums + end, partial_data + blocks * V + begin);
+    kernels.linear->add_blocks[0](sums + begin, partial_data + begin, blocks + 1, V, end - begin);
   });
 }
 

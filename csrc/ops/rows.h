@@ -17,6 +17,18 @@ inline int is_bf16(const char *op, const char *name, const Tensor &t) {
   return is_bf16(op, name, t.scalar_type());
 }
 
+// The sizes of x (..., C) seen as N rows.
+struct RowShape {
+  RowShape(const char *op, const Tensor &x) : N(1), C(0) {
+    STD_TORCH_CHECK(x.dim() > 0, op, ": x must be (..., C), got a scalar");
+    for (int64_t i = 0; i + 1 < x.dim(); ++i)
+      N *= x.size(i);
+    C = x.size(-1);
+  }
+
+  int64_t N, C;
+};
+
 // A vector of weights in float32, whatever it is stored in.
 inline Tensor float_vector(const char *op, const char *name, const Tensor &t, int64_t size) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, op, ": ", name, " must have shape (", size,
@@ -38,12 +50,35 @@ inline int64_t row_grain(int64_t cols) {
 // alone, so that the sums do not depend on the number of threads.
 struct RowBlocks {
   explicit RowBlocks(int64_t rows)
-      : rows_per_block(std::max<int64_t>(64, (rows + 511) / 512 * 8)),
+      : rows_per_block(std::max<int64_t>(32, (rows + 511) / 512 * 8)),
         count((rows + rows_per_block - 1) / rows_per_block) {}
 
   int64_t grain(int64_t cols) const { return (row_grain(cols) - 1) / rows_per_block + 1; }
 
   int64_t rows_per_block, count;
 };
+
+// Adds `bias` to each of the rows of a contiguous matrix.
+inline void add_row_bias(void *rows, const Tensor &bias, int64_t N, int64_t cols, int type) {
+  const auto kernel = cpu_kernels().linear->add_bias[type];
+  torch::stable::parallel_for(0, N, row_grain(cols), [&](int64_t begin, int64_t end) {
+    kernel(rows, floats(bias), begin, end, cols);
+  });
+}
+
+// The sums of the columns of a contiguous matrix, in its dtype.
+inline Tensor column_sums(const Tensor &rows, int64_t N, int64_t cols, int type) {
+  const cpu::LinearKernels &kernels = *cpu_kernels().linear;
+  const RowBlocks blocks(N);
+  Tensor partials = torch::stable::empty({blocks.count, cols}, ScalarType::Float);
+  float *sums = static_cast<float *>(partials.mutable_data_ptr());
+  const void *in = rows.const_data_ptr();
+  torch::stable::parallel_for(0, blocks.count, blocks.grain(cols), [&](int64_t begin, int64_t end) {
+    kernels.column_sums[type](sums, in, begin, end, N, cols, blocks.rows_per_block);
+  });
+  Tensor out = torch::stable::new_empty(rows, {cols});
+  kernels.add_blocks[type](out.mutable_data_ptr(), sums, blocks.count, cols, cols);
+  return out;
+}
 
 } // namespace fastformer
