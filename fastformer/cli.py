@@ -162,13 +162,15 @@ def _presets(argv: Sequence[str]) -> int:
 
     if argv and argv[0] not in ("-h", "--help"):
         return _fail(f"presets takes no arguments, got {argv[0]!r}")
-    print(f"{'preset':<12} {'parameters':>12}  {'C':>5} {'L':>3} {'H':>3} {'F':>5} {'T':>5}  about")
+    width = max(map(len, PRESETS))
+    sizes = f"{'C':>5} {'L':>3} {'H':>3} {'F':>5} {'T':>5}"
+    print(f"{'preset':<{width}} {'parameters':>12}  {sizes}  about")
     for name, preset in PRESETS.items():
         with torch.device("meta"):
             count = from_preset(name).num_parameters
         c = preset.config
         shape = f"{c.dim:>5} {c.layers:>3} {c.heads:>3} {c.hidden_dim:>5} {c.max_tokens:>5}"
-        print(f"{name:<12} {count:>12,}  {shape}  {preset.about}")
+        print(f"{name:<{width}} {count:>12,}  {shape}  {preset.about}")
     return 0
 
 

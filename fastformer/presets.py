@@ -43,6 +43,14 @@ PRESETS: dict[str, Preset] = {
         max_tokens=64,
         tied_head=True,
     ),
+    "shakespeare-char-cpu": _text(
+        "gpt",
+        "nanoGPT's CPU recipe: characters of tinyshakespeare",
+        **_shape(128, 4, 4, 512),
+        vocab_size=256,
+        max_tokens=64,
+        tied_head=True,
+    ),
     "bert-tiny": _text(
         "bert",
         "encoder for a CPU",

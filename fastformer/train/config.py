@@ -63,6 +63,8 @@ class TrainConfig:
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
     """AdamW decay of weight matrices and embeddings; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the running mean of gradients, and of their squares."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
     accumulate: int = 1
@@ -89,6 +91,8 @@ class TrainConfig:
                 raise RunError(f"--{flag} must be at least {bound}, got {getattr(self, name)}")
         if not self.lr > 0.0:
             raise RunError(f"--lr must be above 0, got {self.lr}")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise RunError(f"--betas must be in [0, 1), got {self.betas[0]} {self.betas[1]}")
         if self.device != "auto":
             self.torch_device()
 
@@ -143,6 +147,13 @@ class TextTrainConfig(TrainConfig):
     tokenizer: str
     """bpe, wordpiece or char, learnt from the text, or the path of a tokenizer.json."""
 
+    def check_text(self) -> None:
+        """Raise RunError if the preset is a recipe for a text and none was named."""
+        if self.data is None and self.preset in _TEXTS:
+            raise RunError(
+                f"--data must name a text for preset {self.preset!r} ({_TEXTS[self.preset]})"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTrainConfig(TrainConfig):
@@ -159,10 +170,25 @@ class ImageTrainConfig(TrainConfig):
 # What differs from `_GENERIC` below. Learning rates are those at which the runs end lowest.
 _RECIPES: dict[str, dict[str, Any]] = {
     "gpt-tiny": {"steps": 500, "batch_size": 32, "lr": 3e-3, "eval_every": 100},
+    # Karpathy's: https://github.com/karpathy/nanoGPT, "I only have a macbook".
+    "shakespeare-char-cpu": {
+        "steps": 2000,
+        "batch_size": 12,
+        "lr": 1e-3,
+        "warmup_steps": 100,
+        "betas": (0.9, 0.99),
+        "eval_every": 250,
+        "tokenizer": "char",
+    },
     "bert-tiny": {"steps": 600, "batch_size": 64, "lr": 3e-3, "eval_every": 100},
     "vit-digits": {"steps": 1500, "batch_size": 64, "lr": 2e-3, "eval_every": 200},
     "vit-tiny": {"steps": 1000, "batch_size": 32, "lr": 1e-3, "eval_every": 200},
     "bert-7.7m": {"batch_size": 150, "lr": 1e-3},
+}
+# Presets whose recipe is for one text, and where that is found: it does not ship with Python.
+_TEXTS = {
+    "shakespeare-char-cpu": "tinyshakespeare, https://raw.githubusercontent.com/karpathy/char-rnn"
+    "/master/data/tinyshakespeare/input.txt"
 }
 _GENERIC: dict[str, Any] = {"steps": 5000, "batch_size": 32, "lr": 3e-4, "eval_every": 500}
 
@@ -203,12 +229,12 @@ def default_config(kind: Kind, preset: str) -> TrainConfig:
         "hidden_dim": model.hidden_dim,
     } | recipe
     if isinstance(model, TextConfig):
-        return TextTrainConfig(
-            max_tokens=model.max_tokens,
-            vocab_size=model.vocab_size,
-            tokenizer="bpe" if kind == "gpt" else "wordpiece",
-            **settings,
-        )
+        text = {
+            "max_tokens": model.max_tokens,
+            "vocab_size": model.vocab_size,
+            "tokenizer": "bpe" if kind == "gpt" else "wordpiece",
+        }
+        return TextTrainConfig(**(text | settings))
     assert isinstance(model, ImageConfig)
     return ImageTrainConfig(image_size=model.image_size, patch_size=model.patch_size, **settings)
 
@@ -222,9 +248,11 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 def from_json(kind: Kind, values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_json`; RunError names a field that is missing or unknown."""
     config_class = ImageTrainConfig if kind == "vit" else TextTrainConfig
-    paths = {name: Path(values[name]) for name in ("data", "out") if values.get(name)}
+    typed: dict[str, Any] = {n: Path(values[n]) for n in ("data", "out") if values.get(n)}
+    if "betas" in values:
+        typed["betas"] = tuple(values["betas"])
     try:
-        return config_class(**(values | paths))
+        return config_class(**(values | typed))
     except TypeError as error:
         raise RunError(f"config.json does not describe a {kind} run: {error}") from None
 

@@ -32,7 +32,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     return AdamW(
         groups,
         lr=config.lr,
-        betas=(0.9, 0.95),
+        betas=config.betas,
         fused=True,
         low_precision_copies=config.autocast_dtype(),
     )

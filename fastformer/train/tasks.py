@@ -91,6 +91,7 @@ class _TextTask:
     separator: str
 
     def __init__(self, config: TextTrainConfig, folder: RunFolder, screen: Screen) -> None:
+        config.check_text()
         with screen.bar("reading text", None) as progress:
             corpus = read_documents(config.data, progress)
         _skipped(corpus.skipped, screen)

@@ -29,6 +29,7 @@ def block_size(dim, hidden, qkv_bias=True):
 # The small ones, added up by hand: embeddings + blocks + final norm + head.
 SIZES |= {
     "gpt-tiny": 2048 * 128 + 64 * 128 + 4 * block_size(128, 512) + 2 * 128,
+    "shakespeare-char-cpu": 256 * 128 + 64 * 128 + 4 * block_size(128, 512) + 2 * 128,
     "bert-tiny": 4096 * 128 + 64 * 128 + 4 * block_size(128, 512) + 2 * 128 + 4096,
     "vit-digits": (4 + 1) * 64 + 64 + 17 * 64 + 4 * block_size(64, 256) + 2 * 64 + 65 * 10,
     "vit-tiny": (192 + 1) * 128 + 128 + 65 * 128 + 6 * block_size(128, 512) + 2 * 128 + 129 * 10,

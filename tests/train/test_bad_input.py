@@ -66,6 +66,7 @@ def test_bad_text(
         ("gpt", "--tokenizer words", ("--tokenizer must be",)),
         ("gpt", "--steps 0", ("--steps must be at least 1", "got 0")),
         ("gpt", "--lr -1", ("--lr must be above 0",)),
+        ("gpt", "--betas 0.9 1", ("--betas must be in [0, 1)", "0.9 1")),
         ("gpt", "--dropout 1.5", ("dropout must be in [0, 1)", "1.5")),
         ("gpt", "--device gpu", ("--device must be auto, cpu or cuda", "'gpu'")),
         ("gpt", "--resume", ("no such folder",)),
@@ -83,6 +84,14 @@ def test_bad_settings(
 ) -> None:
     refused(command(arguments(kind, tmp_path / "run", *flags.split())), *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_for_a_text_asks_for_it(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("--data must name a text", "'shakespeare-char-cpu'", "tinyshakespeare", "https://")
+    args = ["train", "gpt", "--preset", "shakespeare-char-cpu", "--out", str(out)]
+    refused(command(args), *words)
+    assert not out.exists()
 
 
 def test_misspelt_words_are_corrected(command: Command) -> None:

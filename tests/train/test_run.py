@@ -155,6 +155,7 @@ def test_weight_decay_spares_vectors() -> None:
     matrices, vectors = build_optimizer(model, config).param_groups
     assert matrices["weight_decay"] == config.weight_decay and vectors["weight_decay"] == 0.0
     assert {p.dim() for p in vectors["params"]} == {1}
+    assert matrices["betas"] == vectors["betas"] == config.betas == (0.9, 0.95)
     count = len(matrices["params"]) + len(vectors["params"])
     assert count == len(list(model.parameters()))
 
@@ -224,6 +225,24 @@ def test_character_tokenizer_gives_the_text_back(
     line = text_file.read_text().splitlines()[0]
     assert tokenizer.decode(tokenizer.encode(line).ids) == line
     assert len(tokenizer.encode(line).ids) == len(line)
+
+
+def test_nanogpt_recipe_is_nanogpts(text_file: Path, command: Command, tmp_path: Path) -> None:
+    """The settings of its README for a CPU; the rate decays to a tenth, as with min_lr=1e-4."""
+    preset = "shakespeare-char-cpu"
+    config = default_config("gpt", preset)
+    shape = {"layers": 4, "heads": 4, "dim": 128, "max_tokens": 64, "dropout": 0.0}
+    optimiser = {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 1.0, "betas": (0.9, 0.99)}
+    schedule = {"steps": 2000, "warmup_steps": 100, "batch_size": 12, "accumulate": 1}
+    for name, value in {**shape, **optimiser, **schedule}.items():
+        assert getattr(config, name) == value, name
+
+    out = tmp_path / "run"
+    args = ["train", "gpt", "--preset", preset, "--data", str(text_file), "--out", str(out)]
+    assert command([*args, "--steps", "2"]).returncode == 0
+    text = text_file.read_text()
+    vocabulary = load_tokenizer(out / "tokenizer.json").get_vocab().keys()
+    assert vocabulary == {"<unk>", "<|endoftext|>", *text[: int(0.9 * len(text))]}
 
 
 def test_config_round_trip(tmp_path: Path) -> None:
