@@ -39,7 +39,7 @@ FASTFORMER_INLINE float add_row(S *out, const X *x, const S *residual, int64_t C
         sums[i] += as_stored<S>(v);
       });
     } else {
-      draw_keep(keep, dropout, row, begin, end);
+      draw_keep(keep, dropout, row, begin);
       for_each_vec<kUnroll>(begin, end, [&](int64_t j, auto n, int i) {
         const Vec kept = keep_where(load_mask(keep + j - begin), load(x + j, n));
         const Vec v = fma(kept, scale, load(residual + j, n));
@@ -132,7 +132,7 @@ FASTFORMER_INLINE void backward_rows(const LayerNormBackward &a, int64_t row, in
   for (int64_t begin = 0; begin < C; begin += chunk) {
     const int64_t end = C - begin < chunk ? C : begin + chunk;
     for (int r = 0; r < count && drops; ++r)
-      draw_keep(keep[r], a.dropout, row + r, begin, end);
+      draw_keep(keep[r], a.dropout, row + r, begin);
     for_each_vec(begin, end, [&](int64_t j, auto n, int) {
       Vec for_weight = zero(), for_bias = zero();
       const Vec weight = load(a.weight + j, n);

@@ -20,7 +20,7 @@ void gelu_fwd(const GeluForward &a, int64_t row_begin, int64_t row_end) {
     for (int64_t begin = 0; begin < a.F; begin += chunk) {
       const int64_t end = a.F - begin < chunk ? a.F : begin + chunk;
       if (drops)
-        draw_keep(keep, a.dropout, row, begin, end);
+        draw_keep(keep, a.dropout, row, begin);
       for_each_vec(begin, end, [&](int64_t j, auto n, int) {
         Vec x = load(pre + j, n);
         if (a.bias) {
@@ -49,7 +49,7 @@ FASTFORMER_INLINE void gelu_bwd_row(const GeluBackward &a, int64_t row, float *g
   for (int64_t begin = 0; begin < a.F; begin += chunk) {
     const int64_t end = a.F - begin < chunk ? a.F : begin + chunk;
     if (drops)
-      draw_keep(keep, a.dropout, row, begin, end);
+      draw_keep(keep, a.dropout, row, begin);
     for_each_vec(begin, end, [&](int64_t j, auto n, int) {
       const GeluAndSlope at = gelu_and_slope<T, kTanh>(load(pre + j, n));
       Vec y = at.value, d = load(grad + j, n) * at.slope;

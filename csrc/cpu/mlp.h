@@ -10,7 +10,7 @@ namespace fastformer::cpu {
 // Matrices are (rows, F) and contiguous.
 struct GeluForward {
   void *pre;         // with a bias: the product on entry, product + bias on return
-  const float *bias; // null where `pre` holds it already
+  const float *bias; // may be null
   void *hidden;      // dropout(gelu(pre))
   int64_t F;
   Dropout dropout;

@@ -97,9 +97,8 @@ inline Draws philox(uint64_t key, Draws c) {
 // Writes kColsPerVec bytes, kKept where the element is kept and else 0, from column 8 * col_group
 // on.
 template <uint8_t kKept = 1>
-inline __attribute__((always_inline)) void store_keep(uint8_t *out, uint64_t seed, uint64_t stream,
-                                                      uint32_t row, uint32_t col_group,
-                                                      uint32_t threshold) {
+inline void store_keep(uint8_t *out, uint64_t seed, uint64_t stream, uint32_t row,
+                       uint32_t col_group, uint32_t threshold) {
   const Words c1 = broadcast(row), c2 = broadcast(static_cast<uint32_t>(stream)),
               c3 = broadcast(static_cast<uint32_t>(stream >> 32));
   const Words groups = add(even_draws(), broadcast(col_group));
@@ -117,9 +116,8 @@ inline __attribute__((always_inline)) void store_keep(uint8_t *out, uint64_t see
 #else
 
 template <uint8_t kKept = 1>
-inline __attribute__((always_inline)) void store_keep(uint8_t *out, uint64_t seed, uint64_t stream,
-                                                      uint32_t row, uint32_t col_group,
-                                                      uint32_t threshold) {
+inline void store_keep(uint8_t *out, uint64_t seed, uint64_t stream, uint32_t row,
+                       uint32_t col_group, uint32_t threshold) {
   const PhiloxWords draw = dropout_draw(seed, stream, row, col_group);
   for (int lane = 0; lane < kColsPerDraw; ++lane)
     out[lane] = dropout_keep(draw, lane, threshold) ? kKept : 0;
@@ -127,17 +125,16 @@ inline __attribute__((always_inline)) void store_keep(uint8_t *out, uint64_t see
 
 #endif
 
-// Columns of a row whose mask is drawn at once, into memory that stays in the first cache.
-constexpr int kKeepCols = 1024;
-static_assert(kKeepCols % kColsPerVec == 0, "the last draw may go past the last column");
+// Columns of a row whose mask is drawn at once: few, so that memory is read meanwhile.
+constexpr int kKeepCols = kColsPerVec > 64 ? kColsPerVec : 64;
 
-// Fills `keep` for columns [begin, end) of a row, to be read by load_mask of vec.h; `begin` is a
-// multiple of 8, end - begin at most kKeepCols. Not inlined: a draw is 150 instructions.
+// Fills `keep` for kKeepCols columns of a row, to be read by load_mask of vec.h; `col` is a
+// multiple of 8. Not inlined: a draw is 150 instructions, and a kernel has several loops.
 inline __attribute__((noinline)) void draw_keep(uint8_t (&keep)[kKeepCols], const Dropout &dropout,
-                                                int64_t row, int64_t begin, int64_t end) {
-  for (int64_t col = begin; col < end; col += kColsPerVec)
-    store_keep<0xff>(keep + (col - begin), dropout.seed, dropout.stream, static_cast<uint32_t>(row),
-                     static_cast<uint32_t>(col / kColsPerDraw), dropout.threshold);
+                                                int64_t row, int64_t col) {
+  for (int i = 0; i < kKeepCols; i += kColsPerVec)
+    store_keep<0xff>(keep + i, dropout.seed, dropout.stream, static_cast<uint32_t>(row),
+                     static_cast<uint32_t>((col + i) / kColsPerDraw), dropout.threshold);
 }
 
 } // namespace

@@ -7,18 +7,6 @@
 namespace fastformer {
 namespace {
 
-struct Shape {
-  Shape(const char *op, const Tensor &x) : N(0), C(0) {
-    STD_TORCH_CHECK(x.dim() > 0, op, ": x must be (..., C), got a scalar");
-    C = x.size(-1);
-    N = 1;
-    for (int64_t i = 0; i + 1 < x.dim(); ++i)
-      N *= x.size(i);
-  }
-
-  int64_t N, C;
-};
-
 void check_same_shape(const char *op, const char *name, const Tensor &t, const Tensor &like) {
   bool same = t.dim() == like.dim();
   for (int64_t i = 0; same && i < t.dim(); ++i)
@@ -28,21 +16,24 @@ void check_same_shape(const char *op, const char *name, const Tensor &t, const T
 
 Tensor statistics(int64_t rows) { return torch::stable::empty({rows}, ScalarType::Float); }
 
-// What both forward ops share: `a` has everything but the tensors of one row each.
 using Forward = void (*)(const cpu::LayerNormForward &, int64_t, int64_t);
 
+// What both forward ops share; `a` has the tensors that are not named here. Returns the normalised
+// rows, mean and rstd.
 std::tuple<Tensor, Tensor, Tensor> normalise(const char *op, Forward kernel,
                                              cpu::LayerNormForward &a, const Tensor &rows,
                                              const Tensor &weight,
                                              const std::optional<Tensor> &bias, double eps,
                                              ScalarType out_dtype) {
-  const Shape shape(op, rows);
+  const RowShape shape(op, rows);
   const Tensor weights = float_vector(op, "weight", weight, shape.C);
-  const Tensor shifts = bias ? float_vector(op, "bias", *bias, shape.C) : Tensor();
+  std::optional<Tensor> shifts;
+  if (bias)
+    shifts = float_vector(op, "bias", *bias, shape.C);
   Tensor normed = torch::stable::new_empty(rows, rows.sizes(), out_dtype);
   Tensor mean = statistics(shape.N), rstd = statistics(shape.N);
   a.weight = floats(weights);
-  a.bias = bias ? floats(shifts) : nullptr;
+  a.bias = shifts ? floats(*shifts) : nullptr;
   a.normed = normed.mutable_data_ptr();
   a.mean = static_cast<float *>(mean.mutable_data_ptr());
   a.rstd = static_cast<float *>(rstd.mutable_data_ptr());
@@ -87,11 +78,12 @@ add_layer_norm_fwd(const Tensor &x, const Tensor &residual, const Tensor &weight
 
 using Backward = void (*)(const cpu::LayerNormBackward &, int64_t, int64_t);
 
-// What both backward ops share; returns the gradients of the rows, weight and bias.
+// What both backward ops share; `a` has the tensors that are not named here. Returns the gradients
+// of the rows, weight and bias.
 std::tuple<Tensor, Tensor, Tensor>
 differentiate(const char *op, Backward kernel, cpu::LayerNormBackward &a, const Tensor &grad_normed,
               const Tensor &rows, const Tensor &weight, const Tensor &mean, const Tensor &rstd) {
-  const Shape shape(op, rows);
+  const RowShape shape(op, rows);
   check_same_shape(op, "the gradient", grad_normed, rows);
   const Tensor grads = torch::stable::contiguous(grad_normed),
                saved = torch::stable::contiguous(rows);
@@ -139,19 +131,21 @@ add_layer_norm_bwd(const Tensor &grad_normed, const std::optional<Tensor> &grad_
                    const std::optional<Tensor> &rng, int64_t site) {
   const char *op = "add_layer_norm_bwd";
   cpu::LayerNormBackward a{};
-  Tensor passed;
+  std::optional<Tensor> passed;
   if (grad_new_residual) {
     check_same_shape(op, "grad_new_residual", *grad_new_residual, new_residual);
     passed = torch::stable::contiguous(
         torch::stable::to(*grad_new_residual, new_residual.scalar_type()));
-    a.grad_new_residual = passed.const_data_ptr();
+    a.grad_new_residual = passed->const_data_ptr();
   }
   Tensor grad_x = torch::stable::new_empty(new_residual, new_residual.sizes(), x_dtype);
   a.grad_x = grad_x.mutable_data_ptr();
   a.dropout = cpu_dropout(op, dropout_p, rng, site);
+  const int x_type = is_bf16(op, "x_dtype", x_dtype);
+  const int stream_type = is_bf16(op, "new_residual", new_residual);
   const Backward kernel =
-      cpu_kernels().layer_norm->add_bwd[is_bf16(op, "x_dtype", x_dtype)][is_bf16(
-          op, "new_residual", new_residual)][is_bf16(op, "grad_normed", grad_normed)];
+      cpu_kernels()
+          .layer_norm->add_bwd[x_type][stream_type][is_bf16(op, "grad_normed", grad_normed)];
   auto [grad_residual, grad_weight, grad_bias] =
       differentiate(op, kernel, a, grad_normed, new_residual, weight, mean, rstd);
   return {grad_x, grad_residual, grad_weight, grad_bias};

@@ -17,6 +17,18 @@ inline int is_bf16(const char *op, const char *name, const Tensor &t) {
   return is_bf16(op, name, t.scalar_type());
 }
 
+// The sizes of x (..., C) seen as N rows.
+struct RowShape {
+  RowShape(const char *op, const Tensor &x) : N(1), C(0) {
+    STD_TORCH_CHECK(x.dim() > 0, op, ": x must be (..., C), got a scalar");
+    for (int64_t i = 0; i + 1 < x.dim(); ++i)
+      N *= x.size(i);
+    C = x.size(-1);
+  }
+
+  int64_t N, C;
+};
+
 // A vector of weights in float32, whatever it is stored in.
 inline Tensor float_vector(const char *op, const char *name, const Tensor &t, int64_t size) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, op, ": ", name, " must have shape (", size,
@@ -38,7 +50,7 @@ inline int64_t row_grain(int64_t cols) {
 // alone, so that the sums do not depend on the number of threads.
 struct RowBlocks {
   explicit RowBlocks(int64_t rows)
-      : rows_per_block(std::max<int64_t>(64, (rows + 511) / 512 * 8)),
+      : rows_per_block(std::max<int64_t>(32, (rows + 511) / 512 * 8)),
         count((rows + rows_per_block - 1) / rows_per_block) {}
 
   int64_t grain(int64_t cols) const { return (row_grain(cols) - 1) / rows_per_block + 1; }

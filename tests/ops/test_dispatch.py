@@ -44,6 +44,16 @@ def test_explain_names_the_kernel_and_why_not_the_others():
     assert len(lines) == len(dispatch.BACKENDS)
 
 
+@built
+def test_explain_names_the_dtype_that_a_kernel_refuses():
+    rows, weight = torch.zeros(6, 8), torch.zeros(8)
+    refused = "not cpu: it takes float32 and bfloat16, got"
+    assert f"{refused} float64" in str(ops.explain("layer_norm", rows.double(), weight.double()))
+    with torch.autocast("cpu", torch.float16):
+        assert f"{refused} float16" in str(ops.explain("layer_norm", rows, weight))
+    assert ops.explain("layer_norm", rows, weight).chosen["layer_norm_fwd"] == "cpu"
+
+
 def test_explain_covers_forward_and_backward():
     q = torch.zeros(1, 3, 1, 8)
     explanation = ops.explain("attention", q, q, q, causal=True)
