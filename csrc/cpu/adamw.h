@@ -8,8 +8,8 @@ namespace fastformer::cpu {
 
 // Decoupled weight decay and both bias corrections, as factors of one step.
 struct AdamwStep {
-  float decay;     // 1 - lr weight_decay
-  float rest1;     // 1 - beta1, rounded once: beta may be as near to 1 as 0.999
+  float decay; // 1 - lr weight_decay
+  float rest1; // 1 - beta1, rounded once: beta may be as near to 1 as 0.999
   float beta2;
   float rest2;     // 1 - beta2
   float size;      // lr / (1 - beta1^t)
