@@ -10,6 +10,7 @@ N rows, C model dim, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -149,7 +150,8 @@ def _prepare(
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be 'mean' or 'sum', got {reduction!r}")
     settings = (ignore_index, float(label_smoothing), float(z_loss), reduction == "mean")
-    return x.reshape(-1, x.shape[-1]), weight, bias, targets.reshape(-1), *settings
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is not known when C is 0
+    return rows, weight, bias, targets.reshape(-1), *settings
 
 
 def linear_cross_entropy(
