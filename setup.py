@@ -232,7 +232,7 @@ class BuildExt(build_ext):
         target = "0x{:02x}{:02x}000000000000".format(*MIN_TORCH)
         stable = [f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch / 'include'}"]
         stable += ["-DFASTFORMER_WITH_CUDA"] if archs else []
-        for source in ["bindings.cpp", *(f"ops/{op}.cpp" for op in BINDINGS)]:
+        for source in ["bindings.cpp", "ops/memory.cpp", *(f"ops/{op}.cpp" for op in BINDINGS)]:
             yield step(source, stable)
         facts = {
             "VERSION": self.distribution.get_version(),

@@ -2,6 +2,7 @@
 // bindings are in csrc/ops; their schemas are defined in Python.
 #include "build_info.h"
 #include "ops/binding.h"
+#include "ops/memory.h"
 
 #include <algorithm>
 #include <cmath>
@@ -66,6 +67,7 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY_IMPL(fastformer, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("release_memory", TORCH_BOX(&release_memory));
 }
 
 } // namespace fastformer

@@ -15,6 +15,7 @@ if tuple(int(_part) for _part in _torch.__version__.split(".")[:2]) < (2, 11):
     )
 
 from fastformer._checkout import version as _version
+from fastformer._library import release_memory
 from fastformer.ops import (
     add_layer_norm,
     attention,
@@ -69,5 +70,6 @@ __all__ = [
     "load_model",
     "load_pretrained",
     "mlp",
+    "release_memory",
     "save_model",
 ]

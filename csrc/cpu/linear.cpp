@@ -36,6 +36,10 @@ void column_sums(float *partials, const void *rows, int64_t block_begin, int64_t
   }
 }
 
+void to_float32(float *out, const bf16 *in, int64_t begin, int64_t end) {
+  for_each_vec(begin, end, [&](int64_t i, auto n, int) { store(out + i, load(in + i, n), n); });
+}
+
 } // namespace
 
 extern const LinearKernels linear_kernels;
@@ -43,6 +47,7 @@ const LinearKernels linear_kernels = {
     {add_bias<float>, add_bias<bf16>},
     {column_sums<float>, column_sums<bf16>},
     {add_blocks<float>, add_blocks<bf16>},
+    to_float32,
 };
 
 } // namespace fastformer::cpu::FASTFORMER_ISA

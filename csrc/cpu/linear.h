@@ -1,6 +1,8 @@
 // Linear layer on the CPU: what is left to do beside its matrix products. The other ops that have a
 // bias, or sum over rows, use these too.
 #pragma once
+#include "cpu/bf16.h"
+
 #include <cstdint>
 
 namespace fastformer::cpu {
@@ -17,6 +19,9 @@ struct LinearKernels {
   // out[col] = the sum over blocks of partials[block * stride + col], in order.
   void (*add_blocks[2])(void *out, const float *partials, int64_t blocks, int64_t stride,
                         int64_t cols);
+
+  // out[i] = in[i] for i in [begin, end).
+  void (*to_float32)(float *out, const bf16 *in, int64_t begin, int64_t end);
 };
 
 } // namespace fastformer::cpu

@@ -1,5 +1,6 @@
 // Bindings of the attention ops on the CPU.
 #include "ops/binding.h"
+#include "ops/memory.h"
 
 #include <algorithm>
 #include <atomic>
@@ -168,9 +169,9 @@ using Forward = std::tuple<Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
 Forward forward(AttentionArgs args, const Tensor &q, const Tensor &k, const Tensor &v) {
-  Tensor out = torch::stable::empty(q.sizes(), q.scalar_type());
-  Tensor lse = q.dim() == 4 ? torch::stable::empty({args.batch, args.H, args.T}, ScalarType::Float)
-                            : torch::stable::empty({args.H, q.size(0)}, ScalarType::Float);
+  Tensor out = new_tensor(q.sizes(), q.scalar_type());
+  Tensor lse = q.dim() == 4 ? new_tensor({args.batch, args.H, args.T}, ScalarType::Float)
+                            : new_tensor({args.H, q.size(0)}, ScalarType::Float);
   const Tensor q_in = readable(q), k_in = readable(k), v_in = readable(v);
   args.q = operand<const void *>(q_in);
   args.k = operand<const void *>(k_in);
@@ -208,9 +209,9 @@ void backward(AttentionArgs args, const char *op, const Tensor &grad_out, const 
 Backward three_gradients(const AttentionArgs &args, const char *op, const Tensor &grad_out,
                          const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &out,
                          const Tensor &lse) {
-  Tensor grad_q = torch::stable::empty(q.sizes(), q.scalar_type());
-  Tensor grad_k = torch::stable::empty(k.sizes(), q.scalar_type());
-  Tensor grad_v = torch::stable::empty(v.sizes(), q.scalar_type());
+  Tensor grad_q = new_tensor(q.sizes(), q.scalar_type());
+  Tensor grad_k = new_tensor(k.sizes(), q.scalar_type());
+  Tensor grad_v = new_tensor(v.sizes(), q.scalar_type());
   backward(args, op, grad_out, q, k, v, out, lse, operand<void *>(grad_q), operand<void *>(grad_k),
            operand<void *>(grad_v));
   return {grad_q, grad_k, grad_v};
@@ -220,7 +221,7 @@ Backward three_gradients(const AttentionArgs &args, const char *op, const Tensor
 Tensor packed_gradient(const AttentionArgs &args, const char *op, const Tensor &grad_out,
                        const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &out,
                        const Tensor &lse, const Tensor &qkv) {
-  Tensor grad = torch::stable::empty(qkv.sizes(), qkv.scalar_type());
+  Tensor grad = new_tensor(qkv.sizes(), qkv.scalar_type());
   const int64_t at = grad.dim() - 3;
   backward(args, op, grad_out, q, k, v, out, lse,
            operand<void *>(torch::stable::select(grad, at, 0)),

@@ -1,5 +1,6 @@
 // Bindings of layer_norm_fwd, layer_norm_bwd, add_layer_norm_fwd and add_layer_norm_bwd.
 #include "ops/binding.h"
+#include "ops/memory.h"
 #include "ops/rows.h"
 
 #include <tuple>
@@ -14,7 +15,7 @@ void check_same_shape(const char *op, const char *name, const Tensor &t, const T
   STD_TORCH_CHECK(same, op, ": ", name, " must have the shape of the rows that are normalised");
 }
 
-Tensor statistics(int64_t rows) { return torch::stable::empty({rows}, ScalarType::Float); }
+Tensor statistics(int64_t rows) { return new_tensor({rows}, ScalarType::Float); }
 
 using Forward = void (*)(const cpu::LayerNormForward &, int64_t, int64_t);
 
@@ -30,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> normalise(const char *op, Forward kernel,
   std::optional<Tensor> shifts;
   if (bias)
     shifts = float_vector(op, "bias", *bias, shape.C);
-  Tensor normed = torch::stable::new_empty(rows, rows.sizes(), out_dtype);
+  Tensor normed = new_tensor(rows.sizes(), out_dtype);
   Tensor mean = statistics(shape.N), rstd = statistics(shape.N);
   a.weight = floats(weights);
   a.bias = shifts ? floats(*shifts) : nullptr;
@@ -63,7 +64,7 @@ add_layer_norm_fwd(const Tensor &x, const Tensor &residual, const Tensor &weight
   const char *op = "add_layer_norm_fwd";
   check_same_shape(op, "x", x, residual);
   const Tensor branch = torch::stable::contiguous(x), stream = torch::stable::contiguous(residual);
-  Tensor new_residual = torch::stable::new_empty(stream, stream.sizes());
+  Tensor new_residual = new_tensor(stream.sizes(), stream.scalar_type());
   cpu::LayerNormForward a{};
   a.x = branch.const_data_ptr();
   a.residual = stream.const_data_ptr();
@@ -91,8 +92,8 @@ differentiate(const char *op, Backward kernel, cpu::LayerNormBackward &a, const 
   const Tensor means = float_vector(op, "mean", mean, shape.N);
   const Tensor rstds = float_vector(op, "rstd", rstd, shape.N);
   const RowBlocks blocks(shape.N);
-  Tensor grad_rows = torch::stable::new_empty(rows, rows.sizes());
-  Tensor partials = torch::stable::empty({blocks.count, 2, shape.C}, ScalarType::Float);
+  Tensor grad_rows = new_tensor(rows.sizes(), rows.scalar_type());
+  Tensor partials = new_tensor({blocks.count, 2, shape.C}, ScalarType::Float);
   a.grad_normed = grads.const_data_ptr();
   a.rows = saved.const_data_ptr();
   a.weight = floats(weights);
@@ -105,8 +106,8 @@ differentiate(const char *op, Backward kernel, cpu::LayerNormBackward &a, const 
   a.rows_per_block = blocks.rows_per_block;
   torch::stable::parallel_for(0, blocks.count, blocks.grain(shape.C),
                               [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
-  Tensor grad_bias = torch::stable::new_empty(weight, weight.sizes());
+  Tensor grad_weight = new_tensor(weight.sizes(), weight.scalar_type());
+  Tensor grad_bias = new_tensor(weight.sizes(), weight.scalar_type());
   const auto add_blocks = cpu_kernels().linear->add_blocks[is_bf16(op, "weight", weight)];
   const int64_t stride = 2 * shape.C;
   add_blocks(grad_weight.mutable_data_ptr(), a.partials, blocks.count, stride, shape.C);
@@ -139,7 +140,7 @@ add_layer_norm_bwd(const Tensor &grad_normed, const std::optional<Tensor> &grad_
         torch::stable::to(*grad_new_residual, new_residual.scalar_type()));
     a.grad_new_residual = passed->const_data_ptr();
   }
-  Tensor grad_x = torch::stable::new_empty(new_residual, new_residual.sizes(), x_dtype);
+  Tensor grad_x = new_tensor(new_residual.sizes(), x_dtype);
   a.grad_x = grad_x.mutable_data_ptr();
   a.dropout = cpu_dropout(op, dropout_p, rng, site);
   const int x_type = is_bf16(op, "x_dtype", x_dtype);

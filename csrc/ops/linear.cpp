@@ -1,6 +1,7 @@
 // Bindings of the ops linear_fwd and linear_bwd.
 #include "ops/binding.h"
 #include "ops/gemm.h"
+#include "ops/memory.h"
 #include "ops/rows.h"
 
 #include <tuple>
@@ -38,7 +39,7 @@ Tensor linear_fwd_cpu(const Tensor &x, const Tensor &weight, const std::optional
   const int64_t cols = weight.size(0);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = cols;
-  const Tensor out = torch::stable::new_empty(x, shape);
+  const Tensor out = new_tensor(shape, x.scalar_type());
   const Tensor product = torch::stable::view(out, {size.rows, cols});
   if (!bias.has_value()) {
     mm_out(product, as_matrix(x), transposed(weight));
@@ -66,12 +67,24 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd_cpu(const Tensor &grad_out, const 
                       grad_size.cols == weight.size(0),
                   "linear_bwd: grad_out must be (..., C_out) in the dtype of x");
   const Tensor grad = torch::stable::contiguous(as_matrix(grad_out));
-  const Tensor grad_x = torch::stable::new_empty(x, x.sizes());
-  const Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
+  const Tensor grad_x = new_tensor(x.sizes(), x.scalar_type());
+  const Tensor grad_weight = new_tensor(weight.sizes(), weight.scalar_type());
   mm_out(torch::stable::view(grad_x, {size.rows, size.cols}), grad, weight);
   mm_out(grad_weight, transposed(grad), as_matrix(x));
   return {grad_x, grad_weight,
           column_sums(grad, size.rows, weight.size(0), is_bf16("linear_bwd", "x", x))};
+}
+
+Tensor to_float32_cpu(const Tensor &x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "to_float32: x must be bfloat16");
+  const Tensor in = torch::stable::contiguous(x);
+  const Tensor out = new_tensor(x.sizes(), ScalarType::Float);
+  float *to = static_cast<float *>(out.mutable_data_ptr());
+  const cpu::bf16 *from = static_cast<const cpu::bf16 *>(in.const_data_ptr());
+  const auto kernel = cpu_kernels().linear->to_float32;
+  torch::stable::parallel_for(0, x.numel(), 65536,
+                              [&](int64_t begin, int64_t end) { kernel(to, from, begin, end); });
+  return out;
 }
 
 } // namespace
@@ -79,6 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd_cpu(const Tensor &grad_out, const 
 STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
   m.impl("linear_fwd.cpu", TORCH_BOX(&linear_fwd_cpu));
   m.impl("linear_bwd.cpu", TORCH_BOX(&linear_bwd_cpu));
+  m.impl("to_float32.cpu", TORCH_BOX(&to_float32_cpu));
 }
 
 } // namespace fastformer

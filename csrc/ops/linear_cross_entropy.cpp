@@ -5,10 +5,10 @@
 // unless all rows count; in bfloat16 with several chunks, a float32 sum of the weight's gradient.
 #include "ops/binding.h"
 #include "ops/gemm.h"
+#include "ops/memory.h"
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -46,36 +46,6 @@ Counted counted_rows(const Tensor &targets, int64_t ignore_index, int64_t V) {
   return counted;
 }
 
-// A block of memory that outlives the call: the allocator would give one of this size back to the
-// system, and page faults would cost more than the softmax. Another thread's call gets its own.
-class KeptBlock {
-public:
-  explicit KeptBlock(int64_t bytes) : lock_(mutex(), std::try_to_lock) {
-    static Tensor *const kept = new Tensor; // never freed: torch may be gone before statics are
-    const bool keep = lock_.owns_lock() && bytes <= kChunkBytes;
-    if (keep && kept->defined() && kept->numel() >= bytes) {
-      block_ = *kept;
-      return;
-    }
-    block_ = torch::stable::empty({bytes}, ScalarType::Byte);
-    if (keep)
-      *kept = block_;
-  }
-
-  Tensor as_matrix(int64_t rows, int64_t cols, const Tensor &like) const {
-    return torch::stable::from_blob(block_.mutable_data_ptr(), {rows, cols}, {cols, 1},
-                                    like.device(), like.scalar_type());
-  }
-
-private:
-  static std::mutex &mutex() {
-    static std::mutex the;
-    return the;
-  }
-  std::unique_lock<std::mutex> lock_;
-  Tensor block_;
-};
-
 int64_t row_bytes(const Tensor &matrix) {
   return matrix.size(1) * static_cast<int64_t>(matrix.element_size());
 }
@@ -102,7 +72,7 @@ Tensor rows_of(const Tensor &matrix, int64_t first, int64_t count) {
 class WeightGradient {
 public:
   WeightGradient(const Tensor &weight, bool several_chunks)
-      : grad_(torch::stable::new_empty(weight, weight.sizes())) {
+      : grad_(new_tensor(weight.sizes(), weight.scalar_type())) {
     if (several_chunks && weight.scalar_type() == ScalarType::BFloat16)
       sum_ = torch::stable::new_zeros(weight, weight.sizes(), ScalarType::Float);
   }
@@ -153,7 +123,7 @@ void loss_of_rows(const Tensor &logits, const int64_t *targets, const cpu::Cross
   const cpu::Kernels &kernels = cpu_kernels();
   std::optional<Tensor> partial;
   if (bias_sums.has_value())
-    partial = torch::stable::new_empty(*bias_sums, {blocks + 1, V}); // the last: sums so far
+    partial = new_tensor({blocks + 1, V}, bias_sums->scalar_type()); // the last: sums so far
   float *partial_data =
       partial.has_value() ? static_cast<float *>(partial->mutable_data_ptr()) : nullptr;
   void *data = logits.mutable_data_ptr();
@@ -208,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd_cpu(
 
   Tensor rows = torch::stable::contiguous(x);
   if (!all) {
-    const Tensor gathered = torch::stable::new_empty(x, {count, C});
+    const Tensor gathered = new_tensor({count, C}, x.scalar_type());
     copy_rows(
         gathered, [](int64_t i) { return i; }, rows, [&](int64_t i) { return counted.rows[i]; },
         count);
@@ -233,8 +203,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd_cpu(
   const int64_t most = std::max(kLeastRows, kChunkBytes / std::max<int64_t>(logits_bytes, 1));
   const int64_t chunks = (count + most - 1) / most;
   const int64_t longest = chunks ? (count + chunks - 1) / chunks : 0;
-  const KeptBlock block(longest * logits_bytes);
-  const Tensor grad_rows = torch::stable::new_empty(x, {needs_grad ? count : 0, C});
+  const Tensor logits = new_tensor({longest, V}, x.scalar_type());
+  const Tensor grad_rows = new_tensor({needs_grad ? count : 0, C}, x.scalar_type());
   std::optional<WeightGradient> grad_weight;
   if (needs_grad)
     grad_weight.emplace(weight, chunks > 1);
@@ -243,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd_cpu(
     const int64_t first = count * chunk / chunks;
     const int64_t size = count * (chunk + 1) / chunks - first;
     const Tensor chunk_rows = rows_of(rows, first, size);
-    const Tensor chunk_logits = block.as_matrix(size, V, x);
+    const Tensor chunk_logits = rows_of(logits, 0, size);
     mm_out(chunk_logits, chunk_rows, transposed(weight));
     loss_of_rows(chunk_logits, counted.targets.data() + first, loss, losses.data() + first,
                  bias_sums);
@@ -256,14 +226,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd_cpu(
   double total = 0.0;
   for (const double one : losses)
     total += one;
-  const Tensor result = torch::stable::new_empty(x, {}, ScalarType::Float);
+  const Tensor result = new_tensor({}, ScalarType::Float);
   *static_cast<float *>(result.mutable_data_ptr()) = static_cast<float>(total * loss.share);
-  const Tensor none = torch::stable::new_empty(x, {0});
+  const Tensor none = new_tensor({0}, x.scalar_type());
   if (!needs_grad)
-    return {result, none, torch::stable::new_empty(x, {0}), torch::stable::new_empty(x, {0})};
+    return {result, none, new_tensor({0}, x.scalar_type()), new_tensor({0}, x.scalar_type())};
   Tensor grad_x = grad_rows;
   if (!all) {
-    grad_x = torch::stable::new_zeros(x, {N, C});
+    grad_x = new_tensor({N, C}, x.scalar_type());
+    torch::stable::zero_(grad_x);
     copy_rows(
         grad_x, [&](int64_t i) { return counted.rows[i]; }, grad_rows, [](int64_t i) { return i; },
         count);

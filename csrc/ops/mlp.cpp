@@ -2,6 +2,7 @@
 // memory between two of them.
 #include "ops/binding.h"
 #include "ops/gemm.h"
+#include "ops/memory.h"
 #include "ops/rows.h"
 
 #include <tuple>
@@ -42,9 +43,9 @@ std::tuple<Tensor, Tensor> mlp_fwd(const Tensor &x, const Tensor &w1,
 
   // Biases are added in our own passes: the products of PyTorch's libraries take 1 % (float32) to
   // 5 % (bfloat16) longer with one.
-  Tensor pre = torch::stable::new_empty(x, {s.N, s.F});
+  Tensor pre = new_tensor({s.N, s.F}, x.scalar_type());
   mm_out(pre, torch::stable::reshape(x, {s.N, s.C}), transposed(w1));
-  Tensor hidden = torch::stable::new_empty(x, {s.N, s.F});
+  Tensor hidden = new_tensor({s.N, s.F}, x.scalar_type());
   cpu::GeluForward a{};
   a.pre = pre.mutable_data_ptr();
   a.bias = bias1 ? floats(*bias1) : nullptr;
@@ -57,7 +58,7 @@ std::tuple<Tensor, Tensor> mlp_fwd(const Tensor &x, const Tensor &w1,
 
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = s.C_out;
-  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor out = new_tensor(shape, x.scalar_type());
   mm_out(torch::stable::view(out, {s.N, s.C_out}), hidden, transposed(w2));
   if (bias2)
     add_row_bias(out.mutable_data_ptr(), *bias2, s.N, s.C_out, s.type);
@@ -79,11 +80,11 @@ mlp_bwd(const Tensor &grad_out, const Tensor &x, const Tensor &w1, const Tensor 
       torch::stable::contiguous(torch::stable::reshape(grad_out, {s.N, s.C_out}));
   const Tensor saved = torch::stable::contiguous(pre);
 
-  Tensor grad_pre = torch::stable::new_empty(x, {s.N, s.F}); // first the gradient of hidden
+  Tensor grad_pre = new_tensor({s.N, s.F}, x.scalar_type()); // first the gradient of hidden
   mm_out(grad_pre, grad_rows, w2);
-  Tensor hidden = torch::stable::new_empty(x, {s.N, s.F});
+  Tensor hidden = new_tensor({s.N, s.F}, x.scalar_type());
   const RowBlocks blocks(s.N);
-  Tensor partials = torch::stable::empty({blocks.count, 2, s.F}, ScalarType::Float);
+  Tensor partials = new_tensor({blocks.count, 2, s.F}, ScalarType::Float);
   cpu::GeluBackward a{};
   a.pre = saved.const_data_ptr();
   a.grad = grad_pre.mutable_data_ptr();
@@ -96,15 +97,15 @@ mlp_bwd(const Tensor &grad_out, const Tensor &x, const Tensor &w1, const Tensor 
   const auto gelu = kernels.gelu_bwd[s.type][tanh];
   torch::stable::parallel_for(0, blocks.count, blocks.grain(s.F),
                               [&](int64_t begin, int64_t end) { gelu(a, begin, end); });
-  Tensor grad_b1 = torch::stable::new_empty(x, {s.F});
+  Tensor grad_b1 = new_tensor({s.F}, x.scalar_type());
   cpu_kernels().linear->add_blocks[s.type](grad_b1.mutable_data_ptr(), a.partials, blocks.count,
                                            2 * s.F, s.F);
 
-  Tensor grad_w1 = torch::stable::new_empty(x, {s.F, s.C});
+  Tensor grad_w1 = new_tensor({s.F, s.C}, x.scalar_type());
   mm_out(grad_w1, transposed(grad_pre), torch::stable::reshape(x, {s.N, s.C}));
-  Tensor grad_w2 = torch::stable::new_empty(x, {s.C_out, s.F});
+  Tensor grad_w2 = new_tensor({s.C_out, s.F}, x.scalar_type());
   mm_out(grad_w2, transposed(grad_rows), hidden);
-  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  Tensor grad_x = new_tensor(x.sizes(), x.scalar_type());
   mm_out(torch::stable::view(grad_x, {s.N, s.C}), grad_pre, w1);
   return {grad_x, grad_w1, grad_b1, grad_w2, column_sums(grad_rows, s.N, s.C_out, s.type)};
 }

@@ -2,6 +2,7 @@
 // bfloat16, and rows cut into blocks.
 #pragma once
 #include "ops/binding.h"
+#include "ops/memory.h"
 
 #include <algorithm>
 
@@ -70,13 +71,13 @@ inline void add_row_bias(void *rows, const Tensor &bias, int64_t N, int64_t cols
 inline Tensor column_sums(const Tensor &rows, int64_t N, int64_t cols, int type) {
   const cpu::LinearKernels &kernels = *cpu_kernels().linear;
   const RowBlocks blocks(N);
-  Tensor partials = torch::stable::empty({blocks.count, cols}, ScalarType::Float);
+  Tensor partials = new_tensor({blocks.count, cols}, ScalarType::Float);
   float *sums = static_cast<float *>(partials.mutable_data_ptr());
   const void *in = rows.const_data_ptr();
   torch::stable::parallel_for(0, blocks.count, blocks.grain(cols), [&](int64_t begin, int64_t end) {
     kernels.column_sums[type](sums, in, begin, end, N, cols, blocks.rows_per_block);
   });
-  Tensor out = torch::stable::new_empty(rows, {cols});
+  Tensor out = new_tensor({cols}, rows.scalar_type());
   kernels.add_blocks[type](out.mutable_data_ptr(), sums, blocks.count, cols, cols);
   return out;
 }

@@ -22,7 +22,7 @@ from fastformer.ops.arguments import (
     distinct,
     needs_grad,
 )
-from fastformer.ops.weight_copies import cast
+from fastformer.ops.weight_copies import cast, to_master
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,8 +63,8 @@ class _Linear(torch.autograd.Function):
             grad_out, *ctx.saved_tensors
         )
         weight_dtype, bias_dtype = ctx.dtypes
-        grad_bias = None if bias_dtype is None else grad_bias.to(bias_dtype)
-        return grad_x, grad_weight.to(weight_dtype), grad_bias
+        grad_bias = None if bias_dtype is None else to_master(grad_bias, bias_dtype)
+        return grad_x, to_master(grad_weight, weight_dtype), grad_bias
 
 
 def _cast_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from fastformer.ops.arguments import (
     distinct,
     needs_grad,
 )
-from fastformer.ops.weight_copies import cast
+from fastformer.ops.weight_copies import cast, to_master
 
 REDUCTIONS = ("mean", "sum")
 
@@ -96,7 +96,7 @@ def _may_give_away(grad_loss: Tensor) -> bool:
 
 
 def _as_it_is(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.to(dtype)
+    return to_master(grad, dtype)
 
 
 def _scaled(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ from fastformer.ops.arguments import (
     distinct,
     needs_grad,
 )
-from fastformer.ops.weight_copies import cast
+from fastformer.ops.weight_copies import cast, to_master
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
@@ -96,7 +96,7 @@ class _MLP(torch.autograd.Function):
             grad_out, *saved, *ctx.settings, rng, ctx.site
         )
         typed = (
-            None if dtype is None else grad.to(dtype)
+            None if dtype is None else to_master(grad, dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
         return grad_x, *typed, None, None, None, None

@@ -402,6 +402,11 @@ def add_layer_norm_bwd(
 # ---- linear ----
 
 
+def to_float32(x: Tensor) -> Tensor:
+    """x (bfloat16), of any shape, in float32."""
+    return x.float()
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is not known when C is 0
 

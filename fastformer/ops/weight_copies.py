@@ -19,6 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastformer.ops import dispatch, reference
+
+dispatch.define(
+    "to_float32(Tensor x) -> Tensor",
+    reference=reference.to_float32,
+    fake=lambda x: x.new_empty(x.shape, dtype=torch.float32),
+    native=("cpu",),
+)
+
 _copies: Any = WeakTensorKeyDictionary()  # master -> weak reference to its WeightCopy
 
 
@@ -50,3 +59,10 @@ def cast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if copy is not None and copy.tensor.dtype == dtype and copy.stands_for(weight):
             return copy.tensor
     return weight.to(dtype)
+
+
+def to_master(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of a copy, computed in low precision, in the `dtype` of its master."""
+    if grad.dtype == torch.bfloat16 and dtype == torch.float32:
+        return torch.ops.fastformer.to_float32.default(grad)
+    return grad.to(dtype)

@@ -252,6 +252,8 @@ def raw_calls():
         for one in (bias, None):
             yield "linear_fwd", (x, weight, one)
         yield "linear_bwd", (torch.randn(2, 3, 5).to(dtype), x, weight)
+        if dtype == torch.bfloat16:
+            yield "to_float32", (x,)
 
         w1, b1, w2, b2 = (torch.randn(shape).to(dtype) for shape in ((16, 8), (16,), (4, 16), (4,)))
         for biases, settings in (
