@@ -96,7 +96,7 @@ struct RowStatistics {
   float mean, rstd, grad, grad_xhat;
 };
 
-template <class G, class S>
+template <bool kAdd, class X, class S, class G>
 FASTFORMER_INLINE RowStatistics row_statistics(const LayerNormBackward &a, int64_t row) {
   const G *grad = static_cast<const G *>(a.grad_normed) + row * a.C;
   const S *rows = static_cast<const S *>(a.rows) + row * a.C;
@@ -106,6 +106,13 @@ FASTFORMER_INLINE RowStatistics row_statistics(const LayerNormBackward &a, int64
     const Vec weighted = load(grad + j, n) * load(a.weight + j, n);
     grads[i] += weighted;
     products[i] = fma(weighted, (load(rows + j, n) - mean) * rstd, products[i]);
+    // What comes next goes through several rows at once, which the hardware does not foresee.
+    const int64_t at = row * a.C + j;
+    __builtin_prefetch(static_cast<S *>(a.grad_rows) + at, 1, 2);
+    if constexpr (kAdd)
+      __builtin_prefetch(static_cast<X *>(a.grad_x) + at, 1, 2);
+    if (a.grad_new_residual)
+      __builtin_prefetch(static_cast<const S *>(a.grad_new_residual) + at, 0, 2);
   });
   return {mean, rstd, total(grads) / count, total(products) / count};
 }
@@ -118,7 +125,7 @@ FASTFORMER_INLINE void backward_rows(const LayerNormBackward &a, int64_t row, in
   const int64_t C = a.C;
   RowStatistics of[kRowsTogether];
   for (int r = 0; r < count; ++r)
-    of[r] = row_statistics<G, S>(a, row + r);
+    of[r] = row_statistics<kAdd, X, S, G>(a, row + r);
   const G *grad = static_cast<const G *>(a.grad_normed) + row * C;
   const S *rows = static_cast<const S *>(a.rows) + row * C;
   const S *grad_stream = static_cast<const S *>(a.grad_new_residual);
