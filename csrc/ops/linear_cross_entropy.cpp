@@ -160,8 +160,10 @@ void check(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &b
   STD_TORCH_CHECK(weight.scalar_type() == dtype, op, ": x and weight must have one dtype");
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.size(1) == x.size(1), op,
                   ": x must be (N, C) and weight (V, C)");
-  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)), op,
-                  ": bias must be (V,)");
+  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0) &&
+                                        (bias->scalar_type() == ScalarType::Float ||
+                                         bias->scalar_type() == ScalarType::BFloat16)),
+                  op, ": bias must be (V,), float32 or bfloat16");
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.dim() == 1 &&
                       targets.size(0) == x.size(0),
                   op, ": targets must be int64 (N,)");

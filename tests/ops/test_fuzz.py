@@ -342,6 +342,36 @@ def test_linear_cross_entropy(rows, C, V, dtype, layouts, targets, bias, ignored
     compare(call, shapes, dtype, layouts, {"weight": C**-0.5})
 
 
+@needs_kernel("adamw_step")
+@search
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=4),
+    layout=layout,
+    copied=st.booleans(),
+    done=st.integers(0, 1000),
+    lr=st.sampled_from([0.0, 1e-3, 0.1]),
+    betas=st.sampled_from([(0.9, 0.95), (0.5, 0.999)]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+)
+def test_adamw_step(shapes, layout, copied, done, lr, betas, weight_decay):
+    torch.manual_seed(0)
+    grads = [laid_out(torch.randn, shape, layout) for shape in shapes]
+    lists = [[torch.randn(shape) for shape in shapes], grads]
+    lists += [[torch.rand(shape) for shape in shapes] for _ in range(2)]
+    lists += [[torch.tensor(float(done)) for _ in shapes]]
+    lists += [[torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes if copied]]
+    results = []
+    for backend in ("reference", "cpu"):
+        state = [grads if part is grads else [t.clone() for t in part] for part in lists]
+        with fastformer.backend(backend):
+            for _ in range(2):
+                torch.ops.fastformer.adamw_step.default(*state, lr, *betas, 1e-8, weight_decay)
+        results.append([t for part in state for t in part])
+    for expected, found in zip(*results, strict=True):
+        close = TOLERANCE[found.dtype]
+        torch.testing.assert_close(found, expected, atol=close, rtol=close)
+
+
 @needs_kernel("dropout_mask")
 @search
 @given(

@@ -276,3 +276,32 @@ def test_results_of_another_type_are_refused(op, dtype):
 @pytest.mark.parametrize(("rows", "cols"), [(-1, 4), (4, -1), (2**32, 1), (2**31, 2**40)])
 def test_masks_without_a_size_are_refused(op, rows, cols):
     assert outcome(op, good(op) | {"rows": rows, "cols": cols}) is None
+
+
+def adamw_arguments():
+    """A float32 matrix and a vector, with all that belongs to them, before their third step."""
+    torch.manual_seed(0)
+    params = [torch.randn(5, 7), torch.randn(9)]
+    lists = {"params": params, "grads": [torch.randn_like(p) for p in params]}
+    lists |= {name: [torch.rand_like(p) for p in params] for name in ("exp_avgs", "exp_avg_sqs")}
+    lists["steps"] = [torch.tensor(2.0) for _ in params]
+    lists["copies"] = [p.to(BF16) for p in params]
+    return lists
+
+
+@cases(["adamw_step"])
+@pytest.mark.parametrize("name", adamw_arguments())
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda t: t.new_zeros(3), lambda t: t.to(I64), lambda t: t.to(torch.float16), lambda t: None],
+    ids=["another-size", "integers", "float16", "one-less"],
+)
+def test_an_optimiser_step_with_a_wrong_tensor_changes_nothing(op, name, spoil):
+    lists = adamw_arguments()
+    last = spoil(lists[name][-1])
+    lists[name] = lists[name][:-1] + ([] if last is None else [last])
+    before = {key: [t.clone() for t in value] for key, value in lists.items()}
+    with pytest.raises(RuntimeError):
+        raw(op)(*lists.values(), 0.1, 0.9, 0.95, 1e-8, 0.1)
+    for key, value in lists.items():
+        assert all(torch.equal(t, b) for t, b in zip(value, before[key], strict=True)), key
