@@ -43,7 +43,7 @@ test: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(JOBS) --dist loadgroup
 
 bench: $(VENV)/.installed
-	@$(BIN)/python -m pytest benchmarks -q --rounds 3 --benchmark-quiet
+	@$(BIN)/python -m pytest benchmarks -q --rounds 3 --benchmark-quiet -k "not (step-gpt-384-v50k or inference-gpt-384-v50k)"
 
 lint: $(VENV)/.requirements
 	@$(BIN)/ruff check --quiet .

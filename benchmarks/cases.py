@@ -27,6 +27,13 @@ class Batch:
     key_lengths: Tensor | None = None
 
     @property
+    def real(self) -> Tensor | None:
+        """Which tokens (B, T) are no padding; None where none is."""
+        if self.key_lengths is None:
+            return None
+        return torch.arange(self.inputs.shape[1]) < self.key_lengths[:, None]
+
+    @property
     def counted(self) -> Tensor:
         """Which rows of the flattened targets enter the loss."""
         return self.targets.flatten() != IGNORE_INDEX

@@ -14,7 +14,7 @@ import torch
 from benchmarks import report
 from benchmarks.cases import CASES, SMALLEST
 from benchmarks.gate import WrongResult
-from benchmarks.harness import QUICK, Benchmark, Options, Row, Settings, Unavailable
+from benchmarks.harness import QUICK, Benchmark, Options, Row, Unavailable
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,7 +25,7 @@ def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--cases", type=_case_names, default=(), help=f"of {', '.join(CASES)}, with commas")
-    add("--rounds", type=int, default=benchmark.rounds, help="samples of each variant")
+    add("--rounds", type=int, default=benchmark.settings.rounds, help="samples of each variant")
     add("--threads", type=int, help="of torch (default: its own choice)")
     add("--json", type=Path, help="write the figures to this file too")
     add("--out", type=Path, help="folder of table, JSON and chart (default: benchmarks/results)")
@@ -65,7 +65,7 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> None:
     _use_allocator(given.allocator)
     if given.threads:
         torch.set_num_threads(given.threads)
-    settings = replace(Settings(), rounds=given.rounds, compile=given.compile)
+    settings = replace(benchmark.settings, rounds=given.rounds, compile=given.compile)
     names, folder = given.cases, given.out or RESULTS
     if given.quick:
         # Its figures mean nothing, so that they must not replace measured ones.

@@ -28,7 +28,10 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure: samples per variant and the milliseconds that one should last."""
+    """How long to measure: samples per variant and the milliseconds that one should last.
+
+    With `sample_ms` 0 a sample is one call.
+    """
 
     rounds: int = 7
     sample_ms: float = 20.0
@@ -93,7 +96,7 @@ class Benchmark:
     """One file of measurements.
 
     `table` and `record` say how rows are shown and what of them goes into JSON. `of_models`: the
-    options of whole models apply.
+    options of whole models apply, and what is measured lasts long enough for a sample.
     """
 
     name: str
@@ -101,8 +104,11 @@ class Benchmark:
     cases: Callable[[Options], list[Case]]
     table: Callable[[list[Row]], str]
     record: Callable[[Row], dict[str, Any]]
-    rounds: int = 7
     of_models: bool = False
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(rounds=5, sample_ms=0.0) if self.of_models else Settings()
 
 
 class Unavailable(Exception):
@@ -153,7 +159,7 @@ def measure(
                 raise
             failed[name] = first_line(error)
             continue
-        ms, _ = _sample(run, 1)
+        ms = _sample(run, 1)[0] if settings.sample_ms else 1.0
         iterations[name] = max(1, round(settings.sample_ms / max(ms, 1e-3)))
     names = list(iterations)
     row = Row(case, {name: [] for name in names}, failed)

@@ -46,7 +46,10 @@ def chosen(options: Options, compile: bool) -> dict[str, Variant]:
 
 
 def _results(trainer: Trainer, learns: bool) -> dict[str, Tensor]:
-    return trainer.first_step() if learns else {"logits": trainer.infer()}
+    if learns:
+        return trainer.first_step()
+    logits, real = trainer.infer(), trainer.batch.real
+    return {"logits": logits if real is None else logits[real]}
 
 
 def _run(case: TrainingCase, options: Options, learns: bool, settings: Settings) -> list[Row]:
@@ -152,4 +155,4 @@ def table(rows: list[Row]) -> str:
 
 def model_benchmark(name: str, about: str, *, learns: bool) -> Benchmark:
     cases = partial(model_cases, learns)
-    return Benchmark(name, about, cases, table, record, rounds=5, of_models=True)
+    return Benchmark(name, about, cases, table, record, of_models=True)

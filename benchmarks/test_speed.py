@@ -68,8 +68,8 @@ class Measured:
     def _settings(self, benchmark: Benchmark) -> Settings:
         if self._config.getoption("--quick"):
             return QUICK
-        rounds = self._config.getoption("--rounds") or benchmark.rounds
-        return replace(Settings(), rounds=rounds)
+        rounds = self._config.getoption("--rounds") or benchmark.settings.rounds
+        return replace(benchmark.settings, rounds=rounds)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,9 @@ def test_a_rival_is_our_model(name, rival) -> None:
     assert len(found) > 2 * 7
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(other.infer(), ours.infer(), atol=1e-5, rtol=1e-5)
+    real = ours.batch.real
+    real = slice(None) if real is None else real
+    torch.testing.assert_close(other.infer()[real], ours.infer()[real], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["fastformer", "naive", "eager", "eager-bf16"])
