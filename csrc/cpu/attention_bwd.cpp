@@ -189,11 +189,9 @@ void multiply_tile_by(const Tile &tile, const U *a, const U *rows, int64_t colum
                                 1,
                                 rows + skip * columns,
                                 columns,
-                                out + begin * columns,
-                                columns,
-                                depth - skip,
-                                true};
-    multiply<U>(product, end - begin, columns / kLanes);
+                                {out + begin * columns, columns, true},
+                                depth - skip};
+    multiply(product, end - begin, columns / kLanes);
   });
 }
 

@@ -121,11 +121,10 @@ template <class U>
 void multiply_tile_rows(const Tile &tile, const U *a, int64_t a_row, const U *b, int64_t depth,
                         float *out) {
   tile.strips([&](int64_t begin, int64_t end, int64_t v0) {
-    const Product<U> product = {
-        a + begin * a_row, a_row,      1,
-        b + v0 * kLanes,   tile.width, out + begin * tile.width + v0 * kLanes,
-        tile.width,        depth,      false};
-    multiply<U>(product, end - begin, tile.vectors - v0);
+    const Sums to = {out + begin * tile.width + v0 * kLanes, tile.width, false};
+    const Product<U> product = {a + begin * a_row, a_row, 1,    b + v0 * kLanes,
+                                tile.width,        to,    depth};
+    multiply(product, end - begin, tile.vectors - v0);
   });
 }
 
@@ -134,18 +133,18 @@ void multiply_tile_rows(const Tile &tile, const U *a, int64_t a_row, const U *b,
 template <class U>
 void multiply_by_weights(const Tile &tile, const U *weights, const U *b, int64_t columns,
                          bool accumulate, float *out) {
-  Product<U> product = {weights, 1, tile.width, b, columns, out, columns, 0, accumulate};
+  Product<U> product = {weights, 1, tile.width, b, columns, {out, columns, accumulate}, 0};
   const auto depth = [](int64_t keys) { return (keys + kPerUnit<U> - 1) / kPerUnit<U>; };
   if (tile.seen_by_all() == tile.keys) {
     product.depth = depth(tile.keys);
-    return multiply<U>(product, tile.queries, columns / kLanes);
+    return multiply(product, tile.queries, columns / kLanes);
   }
   for (int64_t v = 0; v < tile.vectors; ++v) {
     const int64_t rows = tile.queries - v * kLanes < kLanes ? tile.queries - v * kLanes : kLanes;
     product.depth = depth(tile.seen_by(v));
-    multiply<U>(product, rows, columns / kLanes);
+    multiply(product, rows, columns / kLanes);
     product.a += kLanes;
-    product.c += kLanes * columns;
+    product.to.advance(kLanes, 0);
   }
 }
 

@@ -1,4 +1,4 @@
-// Products of small blocks that stay in cache, for attention: C (+)= A B with C in float32.
+// Products of blocks that stay in cache, summed in float32, for attention and larger products.
 //
 // Operands are counted in units along the dimension that is summed over: a float, or, where the
 // machine multiplies pairs of bfloat16 in one instruction, two neighbouring bfloat16. A is read one
@@ -43,33 +43,48 @@ FASTFORMER_INLINE Vec multiply_add(Vec c, Vec a, Vec b) { return fma(a, b, c); }
 FASTFORMER_INLINE Vec broadcast_unit(const float *p) { return splat(*p); }
 FASTFORMER_INLINE Vec load_units(const float *p) { return load(p); }
 
-// Where the operands lie, in units; C in floats.
-template <class U> struct Product {
+// Where a product goes: to a block of float32, or onto what is there.
+struct Sums {
+  float *out;
+  int64_t stride;
+  bool accumulate;
+
+  void advance(int64_t rows, int64_t vectors) { out += rows * stride + vectors * kLanes; }
+
+  template <int M, int N> FASTFORMER_INLINE void take(Vec (&c)[M][N]) const {
+    if (accumulate) {
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j)
+          c[i][j] += load(out + i * stride + j * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j)
+        store(out + i * stride + j * kLanes, c[i][j]);
+  }
+};
+
+// Where the operands lie, in units. A target advances like Sums and takes tiles of the product.
+template <class U, class Target = Sums> struct Product {
   const U *a;
   int64_t a_row, a_col; // strides of A
   const U *b;
   int64_t ldb;
-  float *c;
-  int64_t ldc;
+  Target to;
   int64_t depth; // units summed over
-  bool accumulate;
 };
 
-template <class U, int M, int N> inline void multiply_tile(const Product<U> &p) {
+template <int M, int N, class U, class Target>
+inline void multiply_tile(const Product<U, Target> &p) {
   Vec c[M][N];
-  if (p.accumulate) {
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
+  for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j)
-        c[i][j] = load(p.c + i * p.ldc + j * kLanes);
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j)
-        c[i][j] = zero();
-  }
+    for (int j = 0; j < N; ++j)
+      c[i][j] = zero();
   const U *a = p.a, *b = p.b;
   const int64_t a_row = p.a_row, a_col = p.a_col, ldb = p.ldb;
   for (int64_t k = 0; k < p.depth; ++k, a += a_col, b += ldb) {
@@ -85,11 +100,7 @@ template <class U, int M, int N> inline void multiply_tile(const Product<U> &p) 
         c[i][j] = multiply_add(c[i][j], unit, row[j]);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j)
-      store(p.c + i * p.ldc + j * kLanes, c[i][j]);
+  p.to.take(c);
 }
 
 // Rows of a tile of N vectors: as many accumulators as fit beside a row of B and one unit of A.
@@ -101,43 +112,45 @@ constexpr int kMaxVectors = 2;
 template <int N> constexpr int kTileRows = N == 2 ? 6 : 10;
 #endif
 
-template <class U, int N> void multiply_rows(Product<U> p, int64_t rows) {
+template <int N, class U, class Target>
+void multiply_rows(Product<U, Target> p, int64_t rows) {
   constexpr int M = kTileRows<N>;
   const auto advance = [&](int64_t by) {
     rows -= by;
     p.a += by * p.a_row;
-    p.c += by * p.ldc;
+    p.to.advance(by, 0);
   };
   for (; rows >= M; advance(M))
-    multiply_tile<U, M, N>(p);
+    multiply_tile<M, N>(p);
   if (M > 8)
     for (; rows >= 8; advance(8))
-      multiply_tile<U, 8, N>(p);
+      multiply_tile<8, N>(p);
   for (; rows >= 4; advance(4))
-    multiply_tile<U, 4, N>(p);
+    multiply_tile<4, N>(p);
   for (; rows >= 2; advance(2))
-    multiply_tile<U, 2, N>(p);
+    multiply_tile<2, N>(p);
   for (; rows >= 1; advance(1))
-    multiply_tile<U, 1, N>(p);
+    multiply_tile<1, N>(p);
 }
 
-// C (rows x vectors * kLanes) (+)= A B.
-template <class U> void multiply(Product<U> p, int64_t rows, int64_t vectors) {
+// Gives the product, of `rows` and `vectors` * kLanes columns, to its target.
+template <class U, class Target>
+void multiply(Product<U, Target> p, int64_t rows, int64_t vectors) {
   const auto advance = [&](int by) {
     vectors -= by;
     p.b += by * kLanes;
-    p.c += by * kLanes;
+    p.to.advance(0, by);
   };
   for (; vectors >= kMaxVectors; advance(kMaxVectors))
-    multiply_rows<U, kMaxVectors>(p, rows);
+    multiply_rows<kMaxVectors>(p, rows);
 #if defined(__AVX512BW__) || defined(__aarch64__)
   if (vectors == 3)
-    return multiply_rows<U, 3>(p, rows);
+    return multiply_rows<3>(p, rows);
   if (vectors == 2)
-    return multiply_rows<U, 2>(p, rows);
+    return multiply_rows<2>(p, rows);
 #endif
   if (vectors == 1)
-    multiply_rows<U, 1>(p, rows);
+    multiply_rows<1>(p, rows);
 }
 
 // ---- packing ----

@@ -7,6 +7,7 @@
 #include "cpu/adamw.h"
 #include "cpu/attention.h"
 #include "cpu/dropout.h"
+#include "cpu/gemm.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
 #include "cpu/linear_cross_entropy.h"
@@ -17,6 +18,7 @@ namespace fastformer::cpu {
 struct Kernels {
   const char *isa;
   const DropoutKernels *dropout;
+  const GemmKernels *gemm;
   const LayerNormKernels *layer_norm;
   const LinearKernels *linear;
   const MlpKernels *mlp;

@@ -1,13 +1,11 @@
-// Matrix products by PyTorch's own libraries (oneDNN, MKL), written into memory we own.
+// Matrix products, written into memory we own: by our own kernel where it is the faster one, else
+// by PyTorch's libraries (oneDNN, MKL).
 //
-// Operands are views: a transposed one costs no copy, as both libraries read either order. Nothing
+// Operands are views: a transposed one costs no copy, as all of them read either order. Nothing
 // here touches the dispatcher's autograd or autocast keys; ops run below them.
 #pragma once
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include <array>
 
 namespace fastformer {
 
@@ -16,22 +14,16 @@ inline torch::stable::Tensor transposed(const torch::stable::Tensor &a) {
   return torch::stable::transpose(a, 0, 1);
 }
 
-// out = a b. All of one dtype; `out` has the shape of the product.
-inline void mm_out(const torch::stable::Tensor &out, const torch::stable::Tensor &a,
-                   const torch::stable::Tensor &b) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
-}
+// out = a b, all of one dtype, float32 or bfloat16; `out` (M, N) is contiguous.
+void mm_out(const torch::stable::Tensor &out, const torch::stable::Tensor &a,
+            const torch::stable::Tensor &b);
 
-// out = added + a b, where `added` broadcasts to the product's shape and may be `out` itself.
-inline void addmm_out(const torch::stable::Tensor &out, const torch::stable::Tensor &added,
-                      const torch::stable::Tensor &a, const torch::stable::Tensor &b) {
-  // Not through the dispatcher, whose stable interface has no word for a Scalar.
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), added.get(), a.get(), b.get(), 1.0, 1.0));
-}
+// out = a b + bias, where `bias` (N,) is float32.
+void mm_bias_out(const torch::stable::Tensor &out, const torch::stable::Tensor &a,
+                 const torch::stable::Tensor &b, const torch::stable::Tensor &bias);
+
+// out += a b in float32.
+void mm_add(const torch::stable::Tensor &out, const torch::stable::Tensor &a,
+            const torch::stable::Tensor &b);
 
 } // namespace fastformer

@@ -48,14 +48,8 @@ Tensor linear_fwd_cpu(const Tensor &x, const Tensor &weight, const std::optional
   STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->dim() == 1 &&
                       bias->size(0) == cols,
                   "linear_fwd: bias must be (C_out,) in the dtype of x");
-  if (x.scalar_type() == ScalarType::Float) {
-    addmm_out(product, *bias, as_matrix(x), transposed(weight));
-    return out;
-  }
-  // In bfloat16 oneDNN's own addition costs more than this pass.
-  mm_out(product, as_matrix(x), transposed(weight));
-  add_row_bias(out.mutable_data_ptr(), float_vector("linear_fwd", "bias", *bias, cols), size.rows,
-               cols, 1);
+  mm_bias_out(product, as_matrix(x), transposed(weight),
+              float_vector("linear_fwd", "bias", *bias, cols));
   return out;
 }
 

@@ -82,7 +82,7 @@ public:
     if (first_ || sum_.has_value())
       mm_out(grad_, left, rows);
     else
-      addmm_out(grad_, grad_, left, rows);
+      mm_add(grad_, left, rows);
     first_ = false;
     if (!sum_.has_value())
       return;

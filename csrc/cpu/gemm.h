@@ -1,0 +1,50 @@
+// Products of large matrices: out = A B, plus a bias or what `out` holds.
+//
+// For machines whose libraries leave time on the table; csrc/ops/gemm.cpp decides which those are.
+// B is packed once, in panels of columns. Then each pair of a block of rows and a panel is a piece
+// of work of its own, always done in the same order.
+#pragma once
+#include <cstdint>
+
+namespace fastformer::cpu {
+
+// A (M, K) and B (K, N) have stride 1 in one of their dimensions, `out` (M, N) in its second; all
+// strides are in elements. In bfloat16 K and a_row must be even where a_col is 1, and K where b_row
+// is 1.
+struct Gemm {
+  int64_t M, N, K;
+  const void *a;
+  int64_t a_row, a_col;
+  const void *b;
+  int64_t b_row, b_col;
+  void *out;
+  int64_t out_row;
+  const float *bias; // (N,), may be null
+  bool add;          // to what `out` holds
+  void *packed;      // packed_bytes, for B
+};
+
+// Sizes, and the kernels by whether the type is bfloat16 rather than float32; null where this
+// instruction set has none.
+struct GemmKernels {
+  int64_t panel_cols, block_rows;
+  int64_t bytes_per_element[2]; // of a packed operand
+
+  // Packs the panels [begin, end) of B.
+  void (*pack[2])(const Gemm &, int64_t begin, int64_t end);
+
+  // A block of rows times a panel. `scratch` has packed_rows_bytes; it keeps the packed rows of A,
+  // which are packed if `fresh`.
+  void (*multiply[2])(const Gemm &, void *scratch, int64_t block, int64_t panel, bool fresh);
+
+  int64_t panels(const Gemm &g) const { return (g.N + panel_cols - 1) / panel_cols; }
+  int64_t row_blocks(const Gemm &g) const { return (g.M + block_rows - 1) / block_rows; }
+  int64_t packed_bytes(const Gemm &g, int type) const {
+    return panels(g) * panel_cols * (g.K + g.K % 2) * bytes_per_element[type];
+  }
+  int64_t packed_rows_bytes(const Gemm &g, int type) const {
+    return g.a_col == 1 ? 0 : block_rows * (g.K + g.K % 2) * bytes_per_element[type];
+  }
+};
+
+} // namespace fastformer::cpu
