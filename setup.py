@@ -42,7 +42,7 @@ MIN_TORCH = (2, 11)
 CPU_OPS = ["dropout", "gemm", "layer_norm", "linear", "mlp", "linear_cross_entropy"]
 CPU_OPS += ["attention_fwd", "attention_bwd", "adamw"]
 BINDINGS = ["dropout", "attention", "layer_norm", "linear", "linear_cross_entropy", "mlp"]
-BINDINGS += ["adamw"]
+BINDINGS += ["adamw", "gemm", "memory"]
 CUDA_SOURCES = ["runtime", "dropout"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -232,7 +232,7 @@ class BuildExt(build_ext):
         target = "0x{:02x}{:02x}000000000000".format(*MIN_TORCH)
         stable = [f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch / 'include'}"]
         stable += ["-DFASTFORMER_WITH_CUDA"] if archs else []
-        for source in ["bindings.cpp", "ops/gemm.cpp", "ops/memory.cpp", *(f"ops/{op}.cpp" for op in BINDINGS)]:
+        for source in ["bindings.cpp", *(f"ops/{name}.cpp" for name in BINDINGS)]:
             yield step(source, stable)
         facts = {
             "VERSION": self.distribution.get_version(),

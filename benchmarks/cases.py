@@ -115,8 +115,7 @@ _CASES = (
     _gpt("gpt-384", B=8, T=256, vocab_size=5000, **_SMALL),
     _gpt("gpt-384-v50k", B=8, T=256, vocab_size=50257, **_SMALL),
     _vit("vit-384-t65", B=32, image_size=32, patch_size=4, num_classes=100),
-    # With ten images a step takes about as long as one of vit-384-t65.
-    _vit("vit-384-t197", B=10, image_size=224, patch_size=16, num_classes=1000),
+    _vit("vit-384-t197", B=32, image_size=224, patch_size=16, num_classes=1000),
     # One block, so the vocabulary is only large enough to have a loss.
     _gpt("gpt2-block", B=1, T=1024, vocab_size=64, **_BLOCK),
     _bert("bert-7.7m-padded", B=64, T=64, padded=True),

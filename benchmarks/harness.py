@@ -8,11 +8,13 @@ becomes a ratio. It is given our samples instead, see test_speed.py.
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,14 +128,27 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / _TICKS
 
 
+def _own_seconds() -> float:
+    """CPU seconds of this process and of those that it has started."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        try:
+            stat = Path(f"/proc/{child.pid}/stat").read_text()
+        except OSError:  # it has ended, or the system does not tell
+            continue
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        ticks += int(user) + int(system)
+    return sum(os.times()[:2]) + ticks / _TICKS
+
+
 def _sample(run: Variant, iterations: int) -> tuple[float, bool]:
     """Milliseconds per call, and whether other processes disturbed it."""
-    busy, own = _busy_seconds(), sum(os.times()[:2])
+    busy, own = _busy_seconds(), _own_seconds()
     start = time.perf_counter()
     for _ in range(iterations):
         run()
     seconds = time.perf_counter() - start
-    others = (_busy_seconds() - busy) - (sum(os.times()[:2]) - own)
+    others = (_busy_seconds() - busy) - (_own_seconds() - own)
     disturbed = others > _TOLERATED_SHARE * seconds + _TOLERATED_SECONDS
     return 1e3 * seconds / iterations, disturbed
 

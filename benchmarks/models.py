@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import report
 from benchmarks.cases import CASES, DEFAULT, TrainingCase
-from benchmarks.gate import check_close
+from benchmarks.gate import WrongResult
 from benchmarks.harness import (
     OURS,
     Benchmark,
@@ -20,11 +21,11 @@ from benchmarks.harness import (
     Row,
     Settings,
     first_line,
-    forget_compiled,
     measure,
 )
 from benchmarks.memory import peak_mb
-from benchmarks.steps import VARIANTS, LinearProducts, Trainer, Variant
+from benchmarks.steps import VARIANTS, Variant
+from benchmarks.workers import Job, Worker
 
 OURS_BF16 = f"{OURS}-bf16"
 RIVALS = [name for name, variant in VARIANTS.items() if variant.is_rival]
@@ -45,37 +46,26 @@ def chosen(options: Options, compile: bool) -> dict[str, Variant]:
     }
 
 
-def _results(trainer: Trainer, learns: bool) -> dict[str, Tensor]:
-    if learns:
-        return trainer.first_step()
-    logits, real = trainer.infer(), trainer.batch.real
-    return {"logits": logits if real is None else logits[real]}
-
-
 def _run(case: TrainingCase, options: Options, learns: bool, settings: Settings) -> list[Row]:
-    if settings.compile:
-        forget_compiled()
-    variants = chosen(options, settings.compile)
-    build = partial(Trainer, case=case, dropout=options.dropout, learns=learns)
-    ready: dict[str, Callable[[], object]] = {}
     failed: dict[str, str] = {}
-    true = _results(build(VARIANTS["naive"]), learns)
-    for name, variant in variants.items():
-        if variant.kind == "gemm":
-            ready[name] = LinearProducts(variant.dtype, case, learns=learns).run
-            continue
-        trainer = build(variant)
-        try:
-            check_close(_results(trainer, learns), true, variant.dtype)
-        except Exception as error:
-            if variant.kind == "ours":
-                raise
-            # A rival that cannot be compiled, or computes something else, is reported as such.
-            failed[name] = first_line(error)
-            continue
-        ready[name] = trainer.step if learns else trainer.infer
-    del true
-    row = measure(case.name, ready, settings, failed)
+    with ExitStack() as stack:
+        true = Path(stack.enter_context(TemporaryDirectory())) / "naive.pt"
+        workers = {
+            name: stack.enter_context(Worker(Job(name, case, options.dropout, learns)))
+            for name in chosen(options, settings.compile)
+        }
+        workers["naive"].save_results(true)
+        for name in list(workers):
+            try:
+                workers[name].check_results(true)
+            except (WrongResult, RuntimeError) as error:
+                if not VARIANTS[name].is_rival:
+                    raise
+                # A rival that cannot be compiled, or computes something else, is reported as such.
+                wrong = isinstance(error, WrongResult)
+                failed[name] = first_line(error) if wrong else str(error)
+                del workers[name]
+        row = measure(case.name, {n: w.run for n, w in workers.items()}, settings, failed)
     row.dropout = options.dropout
     if options.memory:
         for name in row.samples:

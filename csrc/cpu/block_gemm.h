@@ -112,8 +112,7 @@ constexpr int kMaxVectors = 2;
 template <int N> constexpr int kTileRows = N == 2 ? 6 : 10;
 #endif
 
-template <int N, class U, class Target>
-void multiply_rows(Product<U, Target> p, int64_t rows) {
+template <int N, class U, class Target> void multiply_rows(Product<U, Target> p, int64_t rows) {
   constexpr int M = kTileRows<N>;
   const auto advance = [&](int64_t by) {
     rows -= by;

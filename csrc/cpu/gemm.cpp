@@ -130,7 +130,7 @@ const GemmKernels gemm_kernels = {
     {pack<float>, nullptr},
     {multiply<float>, nullptr},
 #else
-    {}, {}, {}, // with AVX2 the libraries are as fast
+    {},     {},         {}, // with AVX2 the libraries are as fast
 #endif
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from benchmarks.command import main
 from benchmarks.gate import WrongResult, check_close
 from benchmarks.harness import Row
 from benchmarks.steps import VARIANTS, LinearProducts, Trainer, linear_layers
+from benchmarks.workers import Job, Served, Worker
 
 NAMES = ("tiny-gpt", "tiny-bert", "tiny-vit")
 tiny = pytest.mark.parametrize("name", NAMES)
@@ -91,15 +93,51 @@ def test_the_gate_finds_a_wrong_step(key, value) -> None:
         check_close(true | {key: true[key] * value}, true, torch.bfloat16)
 
 
+class _Here(Served):
+    """A worker without a process, which takes seconds to start."""
+
+    def __enter__(self) -> _Here:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        gc.enable()
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "Worker", _Here)
+
+
+def test_a_worker_runs_a_variant_and_says_what_is_wrong(tmp_path) -> None:
+    job = Job("fastformer-bf16", CASES["tiny-gpt"])
+    with Worker(job) as worker:
+        worker.save_results(tmp_path / "ours.pt")
+        worker.check_results(tmp_path / "ours.pt")
+        for _ in range(2):
+            worker.run()
+        found = torch.load(tmp_path / "ours.pt")
+        torch.save(found | {"loss": 1.1 * found["loss"]}, tmp_path / "wrong.pt")
+        with pytest.raises(WrongResult, match="loss: relative distance"):
+            worker.check_results(tmp_path / "wrong.pt")
+        with pytest.raises(RuntimeError, match=r"FileNotFoundError: .*absent\.pt"):
+            worker.check_results(tmp_path / "absent.pt")
+    with pytest.raises(RuntimeError, match="its process ended"):
+        worker.run()
+    expected = Trainer(VARIANTS[job.variant], job.case).first_step()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def _arguments(tmp_path, *more: str) -> list[str]:
     return ["--cases", ",".join(NAMES), "--rounds", "1", "--no-compile", "--no-memory",
             "--json", str(tmp_path / "x.json"), "--out", str(tmp_path), *more]  # fmt: skip
 
 
-@pytest.mark.parametrize("benchmark", [TRAINING_STEP, INFERENCE], ids=lambda b: b.name)
-def test_the_command_writes_what_it_promises(benchmark, tmp_path, capsys) -> None:
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.parametrize("measured", [TRAINING_STEP, INFERENCE], ids=lambda b: b.name)
+def test_the_command_writes_what_it_promises(measured, tmp_path, capsys) -> None:
     pytest.importorskip("matplotlib")
-    main(benchmark, _arguments(tmp_path))
+    main(measured, _arguments(tmp_path))
     result = json.loads((tmp_path / "x.json").read_text())
     assert [row["case"] for row in result["rows"]] == list(NAMES)
     for row in result["rows"]:
@@ -115,9 +153,10 @@ def test_the_command_writes_what_it_promises(benchmark, tmp_path, capsys) -> Non
         assert row["gemm_share_fp32"] == pytest.approx(ms["gemm"] / ms["fastformer"])
     assert result["machine"]["allocator"] == "default"
     assert capsys.readouterr().out.count("tiny-gpt") == 2
-    assert (tmp_path / f"{benchmark.name}.png").exists()
+    assert (tmp_path / f"{measured.name}.png").exists()
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_one_precision_still_has_naive_float32(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     main(TRAINING_STEP, _arguments(tmp_path, "--precision", "bfloat16", "--dropout", "0.1"))
@@ -126,6 +165,7 @@ def test_one_precision_still_has_naive_float32(tmp_path) -> None:
     assert row["vs_eager_fp32"] is None and row["dropout"] == 0.1
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_a_rival_that_computes_something_else_is_not_timed(monkeypatch, tmp_path, capsys) -> None:
     pytest.importorskip("matplotlib")
     wrong = {"eager": 1.5}
@@ -143,6 +183,7 @@ def test_a_rival_that_computes_something_else_is_not_timed(monkeypatch, tmp_path
     assert "tiny-gpt: eager failed, WrongResult" in out
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_ours_being_wrong_is_exit_1_and_no_figure(monkeypatch, tmp_path, capsys) -> None:
     true = fastformer.ops.linear_cross_entropy
     wrong = lambda *args, **kwargs: 1.01 * true(*args, **kwargs)  # noqa: E731

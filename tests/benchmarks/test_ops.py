@@ -23,10 +23,10 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 OPS = [benchmark for benchmark in BENCHMARKS if not benchmark.of_models]
 
 
-@pytest.mark.parametrize("benchmark", OPS, ids=lambda benchmark: benchmark.name)
+@pytest.mark.parametrize("measured", OPS, ids=lambda measured: measured.name)
 @pytest.mark.parametrize("case", ["tiny-gpt", "tiny-bert", "tiny-vit"])
-def test_it_runs(benchmark, case, capsys) -> None:
-    main(benchmark, ["--cases", case, "--quick"])
+def test_it_runs(measured, case, capsys) -> None:
+    main(measured, ["--cases", case, "--quick"])
     out = capsys.readouterr().out
     if "this version has no" not in out:
         rows = [line for line in out.splitlines() if line.startswith("|") and case in line]

@@ -48,9 +48,7 @@ def test_whole_numbers_give_exact_products(rows, C, C_out, dtype):
 @needs_kernels
 @dtypes
 def test_strided_operands_give_the_same(dtype):
-    x, weight, grad = (
-        integers(*shape, dtype=dtype) for shape in ((70, 96), (131, 96), (70, 131))
-    )
+    x, weight, grad = (integers(*shape, dtype=dtype) for shape in ((70, 96), (131, 96), (70, 131)))
     expected = products(x, weight, grad)
     for layout in (
         lambda t: t.t().contiguous().t(),
