@@ -58,9 +58,10 @@ class Worker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._connection.close()  # which ends it, once it has done what it is at
+        self._process.join(timeout=10)
         self._process.terminate()
         self._process.join()
-        self._connection.close()
 
     def save_results(self, path: Path) -> None:
         """Write loss and gradients of the first step, or the logits."""
@@ -78,7 +79,7 @@ class Worker:
         try:
             self._connection.send((request, arguments))
             error = self._connection.recv()
-        except (EOFError, OSError):
+        except (EOFError, OSError):  # an OSError too where we have closed it ourselves
             raise RuntimeError(f"its process ended, exit code {self._process.exitcode}") from None
         if error is not None:
             raise error
@@ -141,4 +142,7 @@ def _serve(connection: Connection, job: Job, threads: int) -> None:
             error = wrong
         except Exception as other:  # may be one that cannot be sent
             error = RuntimeError(first_line(other))
-        connection.send(error)
+        try:
+            connection.send(error)
+        except OSError:  # nobody waits for it any more
+            return
