@@ -10,7 +10,7 @@ namespace fastformer::cpu::FASTFORMER_ISA {
 namespace {
 
 constexpr int64_t kPanel = kMaxVectors * kLanes;
-constexpr int64_t kBlockRows = 48;
+constexpr int64_t kBlockRows = 96;
 constexpr int64_t kDepth = 256; // units
 
 template <class T> int64_t units(int64_t elements) {
