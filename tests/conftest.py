@@ -43,7 +43,7 @@ def pytest_report_header() -> str:
     return left_out if _MISSING else "all packages for training are installed"
 
 
-_POISONED = [Path(__file__).parent / folder for folder in ("ops", "models")]
+_POISONED = [Path(__file__).parent / folder for folder in ("ops", "models", "ptx")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,0 +1,166 @@
+"""The kernels that are compiled and judged: the library's own, and the corpus of tests/ptx/kernels.
+
+A kernel that joins the library is put here with the rules that it has to obey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tests.ptx import gates, nvcc
+from tests.ptx.kernels import attention, attention_bwd, dropout, layer_norm, matmul, reductions
+from tests.ptx.resources import Resources, compile_only
+from tests.ptx.triton_compile import ROOT
+
+CORPUS_FOLDER = Path(__file__).parent / "kernels"
+DROPOUT_CU = ROOT / "csrc" / "cuda" / "dropout.cu"
+
+Rule = Callable[[Resources], list[str]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A wrapper, or a CUDA kernel, for one architecture. `compiler` is "triton" or "nvcc"."""
+
+    name: str
+    arch: int
+    compiler: str
+    records: Callable[[], list[Resources]]
+    rules: tuple[Rule, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-sm_{self.arch}"
+
+    def key(self, record: Resources) -> str:
+        """Of a record in the golden file."""
+        return f"{self.id}/{record.name}"
+
+    def violations(self, record: Resources) -> list[str]:
+        return [found for rule in (*gates.ALWAYS, *self.rules) for found in rule(record)]
+
+
+def _triton(name: str, arch: int, launch: Callable[[], object], *rules: Rule) -> Case:
+    def records() -> list[Resources]:
+        with compile_only(arch) as found:
+            launch()
+        return found
+
+    return Case(name, arch, "triton", records, rules)
+
+
+def _cuda(
+    name: str,
+    arch: str,
+    source: Path,
+    kernel: str,
+    threads: int,
+    *rules: Rule,
+    dynamic_shared: int = 0,
+) -> Case:
+    def records() -> list[Resources]:
+        return [nvcc.CudaKernels(source, arch).resources(kernel, threads, dynamic_shared)]
+
+    return Case(name, int(arch.rstrip("a")), "nvcc", records, rules)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _layer_norm() -> None:
+    x, weight = _meta(4096, 768), _meta(768, dtype=torch.float32)
+    _, mean, rstd = layer_norm.layer_norm_fwd(x, weight, weight)
+    layer_norm.layer_norm_bwd(x, weight, x, mean, rstd)
+
+
+def _attention_fwd(D: int, block_m: int, descriptors: bool) -> None:
+    q = _meta(16, 1024, D)
+    options = {"block_m": block_m, "num_warps": 8 if block_m * D > 128 * 64 else 4}
+    attention.attention_fwd(q, q, q, causal=True, descriptors=descriptors, **options)
+
+
+def _attention_bwd() -> None:
+    q, lse = _meta(16, 1024, 64), _meta(16, 1024, dtype=torch.float32)
+    attention_bwd.attention_bwd(q, q, q, q, lse, q, causal=True)
+
+
+def _matmul(dtype: torch.dtype, precision: str) -> None:
+    a = _meta(1024, 1024, dtype=dtype)
+    matmul.matmul(a, a, precision=precision)
+
+
+def _column_sums() -> None:
+    reductions.column_sums(_meta(4096, 768))
+
+
+def _dropout() -> None:
+    dropout.dropout(_meta(1 << 20), 0.1, 3)
+
+
+def _useful_attention_flops(record: Resources, block_m: int, D: int) -> list[str]:
+    """Two products of a tile of rows with 64 keys in a turn."""
+    return gates.no_redundant_matrix_work(record, 2 * 2 * block_m * 64 * D)
+
+
+def _corpus(arch: int) -> list[Case]:
+    tensor = (gates.uses_tensor_cores, gates.copies_asynchronously)
+    cases = [
+        _triton("layer_norm", arch, _layer_norm),
+        _triton("attention_bwd", arch, _attention_bwd),
+        _triton("matmul-bf16", arch, partial(_matmul, torch.bfloat16, "ieee"), *tensor),
+        _triton("matmul-tf32", arch, partial(_matmul, torch.float32, "tf32"), *tensor),
+        _triton("column_sums", arch, _column_sums),
+        _triton("dropout", arch, _dropout, gates.wide_accesses),
+    ]
+    block_m = 128 if arch >= 90 else 64  # sm_80 would spill
+    for D in (64, 128):
+        useful = partial(_useful_attention_flops, block_m=block_m, D=D)
+        launch = partial(_attention_fwd, D, block_m, False)
+        cases.append(_triton(f"attention_fwd-{D}", arch, launch, *tensor, useful))
+        if arch >= 90:
+            launch = partial(_attention_fwd, D, block_m, True)
+            cases.append(_triton(f"attention_fwd_tma-{D}", arch, launch, *tensor, useful))
+    return cases
+
+
+def _cuda_corpus(arch: str) -> list[Case]:
+    norm, flash = CORPUS_FOLDER / "layer_norm.cu", CORPUS_FOLDER / "flash_attention.cu"
+    fwd, bwd = "layer_norm_fwd_kernel<4>", "layer_norm_bwd_kernel<4>"
+    flash_shared = 5 * 64 * 64 * 2
+    useful = partial(_useful_attention_flops, block_m=64, D=64)
+    cases = [
+        _cuda("cuda-layer_norm_fwd", arch, norm, fwd, 128, gates.wide_accesses),
+        _cuda("cuda-layer_norm_bwd", arch, norm, bwd, 128),
+        _cuda(
+            "cuda-flash_fwd",
+            arch,
+            flash,
+            "flash_fwd_kernel<64, true>",
+            128,
+            gates.copies_asynchronously,
+            useful,
+            dynamic_shared=flash_shared,
+        ),
+    ]
+    if arch == "90a":
+        qk, shared = CORPUS_FOLDER / "qk_wgmma.cu", 3 * 8192 + 64
+        rules = (gates.uses_tensor_cores, gates.copies_asynchronously)
+        cases.append(_cuda("cuda-qk", arch, qk, "qk_kernel", 256, *rules, dynamic_shared=shared))
+    return cases
+
+
+LIBRARY = [
+    _cuda("dropout_mask", arch, DROPOUT_CU, "dropout_mask_kernel", 256) for arch in ("80", "90a")
+]
+CORPUS = [
+    *_corpus(80),
+    *_corpus(90),
+    *_cuda_corpus("80"),
+    *_cuda_corpus("90a"),
+]

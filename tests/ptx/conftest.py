@@ -1,0 +1,54 @@
+"""One test body for the emulator at every architecture and for a GPU, where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where Triton kernels run: `device` is that of the tensors, `arch` None for the real GPU."""
+
+    device: str
+    arch: int | None = None
+
+    @contextmanager
+    def run(self, **options: Any) -> Iterator[list]:
+        """Run the launches of Triton wrappers in this block; the emulator yields a record of each.
+
+        `options` are those of triton_launch.emulated, which a GPU has no use for.
+        """
+        if self.arch is None:
+            yield []
+            torch.cuda.synchronize()
+            return
+        from tests.ptx.triton_launch import emulated
+
+        with emulated(self.arch, **{"seed": 1, **options}) as launches:
+            yield launches
+
+
+TARGETS = {
+    "sm_80": Target("cpu", 80),
+    "sm_90a": Target("cpu", 90),
+    "gpu": Target("cuda"),
+}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(target, id=name, marks=[pytest.mark.gpu] if name == "gpu" else [])
+        for name, target in TARGETS.items()
+    ]
+)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Emulated sm_80, emulated sm_90a, and the GPU of this machine."""
+    if request.param.arch is None and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU and a CUDA build of torch")
+    return request.param
