@@ -16,4 +16,42 @@ int fastformer_cuda_runtime_version();
 // keep: rows * cols bytes. rng: (seed, offset) on the device.
 int fastformer_dropout_mask(bool *keep, const int64_t *rng, int64_t rows, int64_t cols,
                             int64_t site, uint32_t threshold, fastformer_stream stream);
+
+enum fastformer_dtype { FASTFORMER_FLOAT32, FASTFORMER_BFLOAT16, FASTFORMER_FLOAT16 };
+
+// Matrices are (N, C) and contiguous, of the types named; the other floats are float32. Of dropout:
+// rng (seed, offset) on the device, null where nothing is dropped; scale is that of kept elements.
+struct fastformer_layer_norm_fwd_args {
+  const void *x;              // the branch that is added to the residual; null without addition
+  const void *residual;       // the rows to be normalised, where nothing is added
+  const float *weight, *bias; // bias may be null
+  void *new_residual, *normed;
+  float *mean, *rstd;
+  const int64_t *rng;
+  int64_t N, C, site;
+  float eps, scale;
+  uint32_t threshold;
+  int x_type, residual_type, normed_type; // without addition x_type is that of residual
+};
+
+struct fastformer_layer_norm_bwd_args {
+  const void *grad_normed, *grad_new_residual; // the latter may be null
+  const void *rows;                            // what was normalised
+  const float *weight, *mean, *rstd;
+  void *grad_x; // null without addition
+  void *grad_rows, *grad_weight, *grad_bias;
+  float *sums; // scratch: at least min(N, fastformer_layer_norm_max_sums()) * 2 * C
+  const int64_t *rng;
+  int64_t N, C, site;
+  float scale;
+  uint32_t threshold;
+  int x_type, residual_type, normed_type, weight_type;
+};
+
+// Whether there are kernels for these types (fastformer_dtype).
+int fastformer_layer_norm_takes(int x, int residual, int normed);
+int64_t fastformer_layer_norm_max_cols();
+int64_t fastformer_layer_norm_max_sums();
+int fastformer_layer_norm_fwd(const fastformer_layer_norm_fwd_args *args, fastformer_stream stream);
+int fastformer_layer_norm_bwd(const fastformer_layer_norm_bwd_args *args, fastformer_stream stream);
 }

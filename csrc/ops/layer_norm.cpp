@@ -153,6 +153,189 @@ add_layer_norm_bwd(const Tensor &grad_normed, const std::optional<Tensor> &grad_
   return {grad_x, grad_residual, grad_weight, grad_bias};
 }
 
+#ifdef FASTFORMER_WITH_CUDA
+int dtype_index(const char *op, const char *name, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                      type == ScalarType::Half,
+                  op, ": ", name, " must be float32, bfloat16 or float16, got ", type);
+  return type == ScalarType::Float      ? FASTFORMER_FLOAT32
+         : type == ScalarType::BFloat16 ? FASTFORMER_BFLOAT16
+                                        : FASTFORMER_FLOAT16;
+}
+
+void check_cuda_rows(const char *op, const RowShape &shape, ScalarType x, ScalarType residual,
+                     ScalarType normed) {
+  STD_TORCH_CHECK(fastformer_layer_norm_takes(dtype_index(op, "x", x),
+                                              dtype_index(op, "the residual", residual),
+                                              dtype_index(op, "the result", normed)),
+                  op, ": there is no kernel for x in ", x, ", the residual in ", residual,
+                  " and the result in ", normed,
+                  "; the result has the dtype of x or is 16 bits beside float32, and the residual"
+                  " has that of x or is float32");
+  STD_TORCH_CHECK(shape.C <= fastformer_layer_norm_max_cols(), op, ": C must be at most ",
+                  fastformer_layer_norm_max_cols(), ", got ", shape.C);
+  STD_TORCH_CHECK(shape.N < (int64_t{1} << 31), op, ": there must be less than 2**31 rows, got ",
+                  shape.N);
+}
+
+Tensor float_vector_cuda(const char *op, const char *name, const Tensor &t, int64_t size) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, op, ": ", name, " must have shape (", size,
+                  ",), got ", t.numel(), " elements in ", t.dim(), " dimensions");
+  const bool is_float = dtype_index(op, name, t.scalar_type()) == FASTFORMER_FLOAT32;
+  return torch::stable::contiguous(is_float ? t : torch::stable::to(t, ScalarType::Float));
+}
+
+template <typename Sizes> Tensor like(const Tensor &t, Sizes sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, t.device());
+}
+
+template <typename Args>
+void set_dropout(const char *op, Args &a, double p, const std::optional<Tensor> &rng,
+                 int64_t site) {
+  if (!rng)
+    return;
+  STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2 &&
+                      rng->is_contiguous(),
+                  op, ": rng must be a contiguous int64 tensor (seed, offset)");
+  a.rng = static_cast<const int64_t *>(rng->const_data_ptr());
+  a.site = site;
+  a.threshold = dropout_threshold(p);
+  a.scale = 65536.0f / static_cast<float>(65536 - a.threshold);
+}
+
+// What both forward ops share, as `normalise` does for the CPU.
+std::tuple<Tensor, Tensor, Tensor> normalise_cuda(const char *op, fastformer_layer_norm_fwd_args &a,
+                                                  ScalarType x_dtype, const Tensor &rows,
+                                                  const Tensor &weight,
+                                                  const std::optional<Tensor> &bias, double eps,
+                                                  ScalarType out_dtype) {
+  const CudaLaunch launch(op, rows);
+  const RowShape shape(op, rows);
+  check_cuda_rows(op, shape, x_dtype, rows.scalar_type(), out_dtype);
+  const Tensor weights = float_vector_cuda(op, "weight", weight, shape.C);
+  std::optional<Tensor> shifts;
+  if (bias)
+    shifts = float_vector_cuda(op, "bias", *bias, shape.C);
+  Tensor normed = like(rows, rows.sizes(), out_dtype);
+  Tensor mean = torch::stable::empty({shape.N}, ScalarType::Float, std::nullopt, rows.device());
+  Tensor rstd = torch::stable::empty({shape.N}, ScalarType::Float, std::nullopt, rows.device());
+  a.weight = floats(weights);
+  a.bias = shifts ? floats(*shifts) : nullptr;
+  a.normed = normed.mutable_data_ptr();
+  a.mean = static_cast<float *>(mean.mutable_data_ptr());
+  a.rstd = static_cast<float *>(rstd.mutable_data_ptr());
+  a.N = shape.N;
+  a.C = shape.C;
+  a.eps = static_cast<float>(eps);
+  a.x_type = dtype_index(op, "x", x_dtype);
+  a.residual_type = dtype_index(op, "the residual", rows.scalar_type());
+  a.normed_type = dtype_index(op, "out_dtype", out_dtype);
+  launch.check(fastformer_layer_norm_fwd(&a, launch.stream()));
+  return {normed, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd_cuda(const Tensor &x, const Tensor &weight,
+                                                       const std::optional<Tensor> &bias,
+                                                       double eps, ScalarType out_dtype) {
+  const Tensor rows = torch::stable::contiguous(x);
+  fastformer_layer_norm_fwd_args a{};
+  a.residual = rows.const_data_ptr();
+  return normalise_cuda("layer_norm_fwd", a, x.scalar_type(), rows, weight, bias, eps, out_dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor>
+add_layer_norm_fwd_cuda(const Tensor &x, const Tensor &residual, const Tensor &weight,
+                        const std::optional<Tensor> &bias, double eps, ScalarType out_dtype,
+                        double dropout_p, const std::optional<Tensor> &rng, int64_t site) {
+  const char *op = "add_layer_norm_fwd";
+  check_same_shape(op, "x", x, residual);
+  const Tensor branch = torch::stable::contiguous(x), stream = torch::stable::contiguous(residual);
+  Tensor new_residual = like(stream, stream.sizes(), stream.scalar_type());
+  fastformer_layer_norm_fwd_args a{};
+  a.x = branch.const_data_ptr();
+  a.residual = stream.const_data_ptr();
+  a.new_residual = new_residual.mutable_data_ptr();
+  set_dropout(op, a, dropout_p, rng, site);
+  auto [normed, mean, rstd] =
+      normalise_cuda(op, a, x.scalar_type(), stream, weight, bias, eps, out_dtype);
+  return {normed, new_residual, mean, rstd};
+}
+
+// What both backward ops share, as `differentiate` does for the CPU.
+std::tuple<Tensor, Tensor, Tensor> differentiate_cuda(const char *op,
+                                                      fastformer_layer_norm_bwd_args &a,
+                                                      ScalarType x_dtype, const Tensor &grad_normed,
+                                                      const Tensor &rows, const Tensor &weight,
+                                                      const Tensor &mean, const Tensor &rstd) {
+  const CudaLaunch launch(op, rows);
+  const RowShape shape(op, rows);
+  check_same_shape(op, "the gradient", grad_normed, rows);
+  check_cuda_rows(op, shape, x_dtype, rows.scalar_type(), grad_normed.scalar_type());
+  const Tensor grads = torch::stable::contiguous(grad_normed),
+               saved = torch::stable::contiguous(rows);
+  const Tensor weights = float_vector_cuda(op, "weight", weight, shape.C);
+  const Tensor means = float_vector_cuda(op, "mean", mean, shape.N);
+  const Tensor rstds = float_vector_cuda(op, "rstd", rstd, shape.N);
+  Tensor grad_rows = like(rows, rows.sizes(), rows.scalar_type());
+  Tensor grad_weight = like(weight, weight.sizes(), weight.scalar_type());
+  Tensor grad_bias = like(weight, weight.sizes(), weight.scalar_type());
+  const int64_t blocks = std::min(shape.N, fastformer_layer_norm_max_sums());
+  Tensor sums =
+      torch::stable::empty({blocks, 2, shape.C}, ScalarType::Float, std::nullopt, rows.device());
+  a.grad_normed = grads.const_data_ptr();
+  a.rows = saved.const_data_ptr();
+  a.weight = floats(weights);
+  a.mean = floats(means);
+  a.rstd = floats(rstds);
+  a.grad_rows = grad_rows.mutable_data_ptr();
+  a.grad_weight = grad_weight.mutable_data_ptr();
+  a.grad_bias = grad_bias.mutable_data_ptr();
+  a.sums = static_cast<float *>(sums.mutable_data_ptr());
+  a.N = shape.N;
+  a.C = shape.C;
+  a.x_type = dtype_index(op, "x", x_dtype);
+  a.residual_type = dtype_index(op, "the residual", rows.scalar_type());
+  a.normed_type = dtype_index(op, "the gradient", grad_normed.scalar_type());
+  a.weight_type = dtype_index(op, "weight", weight.scalar_type());
+  launch.check(fastformer_layer_norm_bwd(&a, launch.stream()));
+  return {grad_rows, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd_cuda(const Tensor &grad_out, const Tensor &x,
+                                                       const Tensor &weight, const Tensor &mean,
+                                                       const Tensor &rstd) {
+  fastformer_layer_norm_bwd_args a{};
+  return differentiate_cuda("layer_norm_bwd", a, x.scalar_type(), grad_out, x, weight, mean, rstd);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor>
+add_layer_norm_bwd_cuda(const Tensor &grad_normed, const std::optional<Tensor> &grad_new_residual,
+                        const Tensor &new_residual, const Tensor &weight, const Tensor &mean,
+                        const Tensor &rstd, ScalarType x_dtype, double dropout_p,
+                        const std::optional<Tensor> &rng, int64_t site) {
+  const char *op = "add_layer_norm_bwd";
+  const ScalarType dtype = new_residual.scalar_type();
+  fastformer_layer_norm_bwd_args a{};
+  std::optional<Tensor> passed;
+  if (grad_new_residual) {
+    check_same_shape(op, "grad_new_residual", *grad_new_residual, new_residual);
+    passed = torch::stable::contiguous(torch::stable::to(*grad_new_residual, dtype));
+    a.grad_new_residual = passed->const_data_ptr();
+  }
+  // A loss of the sum alone gives zeros of its dtype: there is no kernel that reads them beside x.
+  const bool takes = fastformer_layer_norm_takes(
+      dtype_index(op, "x_dtype", x_dtype), dtype_index(op, "new_residual", dtype),
+      dtype_index(op, "grad_normed", grad_normed.scalar_type()));
+  const Tensor grad = takes ? grad_normed : torch::stable::to(grad_normed, x_dtype);
+  Tensor grad_x = like(new_residual, new_residual.sizes(), x_dtype);
+  a.grad_x = grad_x.mutable_data_ptr();
+  set_dropout(op, a, dropout_p, rng, site);
+  auto [grad_residual, grad_weight, grad_bias] =
+      differentiate_cuda(op, a, x_dtype, grad, new_residual, weight, mean, rstd);
+  return {grad_x, grad_residual, grad_weight, grad_bias};
+}
+#endif
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
@@ -161,5 +344,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
   m.impl("add_layer_norm_fwd.cpu", TORCH_BOX(&add_layer_norm_fwd));
   m.impl("add_layer_norm_bwd.cpu", TORCH_BOX(&add_layer_norm_bwd));
 }
+
+#ifdef FASTFORMER_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastformer, CUDA, m) {
+  m.impl("layer_norm_fwd.cuda", TORCH_BOX(&layer_norm_fwd_cuda));
+  m.impl("layer_norm_bwd.cuda", TORCH_BOX(&layer_norm_bwd_cuda));
+  m.impl("add_layer_norm_fwd.cuda", TORCH_BOX(&add_layer_norm_fwd_cuda));
+  m.impl("add_layer_norm_bwd.cuda", TORCH_BOX(&add_layer_norm_bwd_cuda));
+}
+#endif
 
 } // namespace fastformer

@@ -13,7 +13,7 @@ import difflib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +54,7 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cuda": {
         # "cuda" joins this row when it has passed its tests on a GPU.
         "dropout_mask": ("reference",),
+        # The kernels of layer_norm and add_layer_norm are unmeasured: they have no row.
     },
 }
 _FALLBACK = ("reference",)
@@ -109,10 +110,12 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     native: Sequence[str] = (),
+    limits: Mapping[str, Callable[..., str | None]] | None = None,
 ) -> None:
     """Define the raw op `schema`: its router, its fake implementation and its reference kernel.
 
-    `native` lists the backends ("cpu", "cuda") whose C++ kernel is the overload `<name>.<backend>`.
+    `native` lists the backends ("cpu", "cuda") whose C++ kernel is the overload `<name>.<backend>`;
+    `limits` has what else a backend refuses, as `add_kernel` has it.
     """
     name, _, signature = schema.partition("(")
     signature = "(" + signature
@@ -121,7 +124,9 @@ def define(
     for key in native:
         _library.library.define(f"{name}.{key}{signature}")
         packet = getattr(torch.ops.fastformer, name)
-        add_kernel(name, key, getattr(packet, key), _refuse_native(name, key))
+        add_kernel(
+            name, key, getattr(packet, key), _refuse_native(name, key, (limits or {}).get(key))
+        )
 
     def route(*args: Any) -> Any:
         # Autograd is the business of the public functions; a raw op records nothing.
@@ -140,7 +145,9 @@ def add_kernel(
     _kernels[op][backend] = Kernel(run, refuse)
 
 
-def _refuse_native(op: str, key: str) -> Callable[..., str | None]:
+def _refuse_native(
+    op: str, key: str, limit: Callable[..., str | None] | None = None
+) -> Callable[..., str | None]:
     dispatch_key = key.upper()
     qualified = f"fastformer::{op}.{key}"
 
@@ -162,7 +169,7 @@ def _refuse_native(op: str, key: str) -> Callable[..., str | None]:
                 f"the compiled library has no {BACKENDS[key]}"
                 " (nvcc was missing when it was built); reinstall with CUDA_HOME set"
             )
-        return None
+        return None if limit is None else limit(*args)
 
     return refuse
 

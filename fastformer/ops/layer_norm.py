@@ -72,6 +72,36 @@ def _add_bwd_fake(
     return grad_x, new_residual.new_empty(shape), *grads
 
 
+_CUDA_MAX_COLS = 8192  # kLayerNormMaxCols of csrc/cuda/layer_norm.h
+
+
+def _refuse_cuda(*args: Any) -> str | None:
+    """Forward arguments also stand for a backward pass, as in an explanation."""
+    if len(args) == 5:
+        forward = isinstance(args[4], torch.dtype)
+        rows = args[0] if forward else args[1]
+        x, normed = rows.dtype, args[4] if forward else args[0].dtype
+    elif isinstance(args[5], torch.dtype):
+        rows, x, normed = args[1], args[0].dtype, args[5]
+    else:
+        rows, x = args[2], args[6]
+        # Zeros for a result without a gradient have the dtype of the sum.
+        normed = x if args[0].dtype == rows.dtype else args[0].dtype
+    names = [str(dtype)[6:] for dtype in (x, rows.dtype, normed)]
+    wide = (torch.float32, torch.bfloat16, torch.float16)
+    same = x == normed and rows.dtype in (x, torch.float32)
+    cast = x == rows.dtype == torch.float32
+    if not {x, rows.dtype, normed}.issubset(wide) or not (same or cast):
+        return (
+            "it takes float32, bfloat16 and float16, a result of the dtype of x or lower and a"
+            f" residual of that of x or float32, got x {names[0]}, residual {names[1]}, result"
+            f" {names[2]}"
+        )
+    if rows.shape[-1] > _CUDA_MAX_COLS:
+        return f"it takes rows of at most {_CUDA_MAX_COLS} elements, got {rows.shape[-1]}"
+    return None
+
+
 _DROPOUT = "float dropout_p, Tensor? rng, int site"
 
 dispatch.define(
@@ -79,21 +109,24 @@ dispatch.define(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.layer_norm_fwd,
     fake=_fwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": _refuse_cuda},
 )
 dispatch.define(
     "layer_norm_bwd(Tensor grad_out, Tensor x, Tensor weight, Tensor mean, Tensor rstd)"
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.layer_norm_bwd,
     fake=_bwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": _refuse_cuda},
 )
 dispatch.define(
     "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps,"
     f" ScalarType out_dtype, {_DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.add_layer_norm_fwd,
     fake=_add_fwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": _refuse_cuda},
 )
 dispatch.define(
     "add_layer_norm_bwd(Tensor grad_normed, Tensor? grad_new_residual, Tensor new_residual,"
@@ -101,7 +134,8 @@ dispatch.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.add_layer_norm_bwd,
     fake=_add_bwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": _refuse_cuda},
 )
 
 

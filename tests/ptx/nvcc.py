@@ -119,6 +119,14 @@ class Tiled:
         )
 
 
+@dataclass(frozen=True)
+class Shifted:
+    """An array from its element `start` on: an address that is not aligned."""
+
+    array: np.ndarray
+    start: int
+
+
 class CudaKernels:
     """The kernels of one .cu file for one architecture, "80" or "90a"."""
 
@@ -155,7 +163,8 @@ class CudaKernels:
     ) -> int:
         """Run a kernel and return the number of instructions; `options` are those of Module.launch.
 
-        Arrays, also those of a Tiled, are contiguous; the kernel's results are written into them.
+        Arrays, also those of a Tiled or Shifted, are contiguous; the kernel's results are written
+        into them.
         """
         module = self._module.fresh()
         buffers: dict[int, tuple[np.ndarray, Any]] = {}
@@ -171,6 +180,9 @@ class CudaKernels:
         for i, argument in enumerate(arguments):
             if isinstance(argument, Tiled):
                 values.append(argument.map(upload(argument.array, i).address))
+            elif isinstance(argument, Shifted):
+                offset = argument.start * argument.array.itemsize
+                values.append(upload(argument.array, i).address + offset)
             elif isinstance(argument, np.ndarray):
                 values.append(upload(argument, i))
             else:

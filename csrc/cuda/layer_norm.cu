@@ -1,0 +1,469 @@
+// LayerNorm on the GPU, alone and fused with the residual addition and dropout before it.
+//
+// A row is read once into registers, of a warp where it is short, else of a block, and the variance
+// is that of the centred values. Backward also reads each row once: a block walks every so many
+// rows, keeps its sums for weight and bias in registers, and leaves them to a second kernel that
+// adds those of all blocks in order. That second launch is small, needs no counter that two streams
+// could share, and adds on all multiprocessors rather than in the block that finishes last.
+#include "cuda/launchers.h"
+#include "cuda/layer_norm.h"
+#include "philox.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace fastformer {
+namespace {
+
+constexpr int kChunk = kLayerNormChunk;
+static_assert(kChunk == kColsPerDraw, "a chunk takes its dropout from one draw");
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <> __device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+template <typename T> union Wide {
+  __device__ Wide() : bits(make_uint4(0, 0, 0, 0)) {}
+  uint4 bits;
+  T x[16 / sizeof(T)];
+};
+
+// Columns [col, col + 8) of a row; zeros beyond C.
+template <bool kWide, typename T>
+__device__ __forceinline__ void load(float (&v)[kChunk], const T *row, int col, int C) {
+  if constexpr (kWide) {
+    constexpr int kPiece = 16 / sizeof(T);
+#pragma unroll
+    for (int p = 0; p < kChunk; p += kPiece) {
+      Wide<T> piece;
+      if (col + p < C)
+        piece.bits = *reinterpret_cast<const uint4 *>(row + col + p);
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j)
+        v[p + j] = to_float(piece.x[j]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j)
+      v[j] = col + j < C ? to_float(row[col + j]) : 0.0f;
+  }
+}
+
+template <bool kWide, typename T>
+__device__ __forceinline__ void store(T *row, const float (&v)[kChunk], int col, int C) {
+  if constexpr (kWide) {
+    constexpr int kPiece = 16 / sizeof(T);
+#pragma unroll
+    for (int p = 0; p < kChunk; p += kPiece) {
+      Wide<T> piece;
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j)
+        piece.x[j] = from_float<T>(v[p + j]);
+      if (col + p < C)
+        *reinterpret_cast<uint4 *>(row + col + p) = piece.bits;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j)
+      if (col + j < C)
+        row[col + j] = from_float<T>(v[j]);
+  }
+}
+
+__device__ __forceinline__ float2 warp_sum(float2 v) {
+#pragma unroll
+  for (int lanes = 16; lanes; lanes >>= 1) {
+    v.x += __shfl_xor_sync(0xffffffffu, v.x, lanes);
+    v.y += __shfl_xor_sync(0xffffffffu, v.y, lanes);
+  }
+  return v;
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int lanes = 16; lanes; lanes >>= 1)
+    v += __shfl_xor_sync(0xffffffffu, v, lanes);
+  return v;
+}
+
+__device__ __forceinline__ void clear(float &v) { v = 0.0f; }
+__device__ __forceinline__ void clear(float2 &v) { v = make_float2(0.0f, 0.0f); }
+
+// The sum over those who share a row, in all of them. Calls in turn use the one and the other half
+// of `partial`: the barrier of a call keeps it from the reads of the last but one.
+template <bool kWarp, typename V>
+__device__ __forceinline__ V row_sum(V v, V (&partial)[2][32], int turn) {
+  v = warp_sum(v);
+  if constexpr (!kWarp) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0)
+      partial[turn][warp] = v;
+    __syncthreads();
+    clear(v);
+    if (lane < blockDim.x / 32)
+      v = partial[turn][lane];
+    v = warp_sum(v);
+  }
+  return v;
+}
+
+// Zeros what is dropped and scales the rest.
+__device__ __forceinline__ void apply_dropout(float (&v)[kChunk], uint64_t seed, uint64_t stream,
+                                              int64_t row, int col, uint32_t threshold,
+                                              float scale) {
+  const PhiloxWords draw =
+      dropout_draw(seed, stream, static_cast<uint32_t>(row), static_cast<uint32_t>(col / kChunk));
+#pragma unroll
+  for (int j = 0; j < kChunk; ++j)
+    v[j] = dropout_keep(draw, j, threshold) ? v[j] * scale : v[j] * 0.0f; // NaN stays, as in torch
+}
+
+template <int kMode> struct Shape {
+  static constexpr bool kWarp = kMode == kLayerNormWarp, kWide = kMode != kLayerNormScalar;
+  static constexpr int kChunks = kWarp ? kLayerNormWarpChunks : kLayerNormBlockChunks;
+  static constexpr int kMaxThreads = kWarp ? 32 * kLayerNormWarps : kLayerNormBlockThreads;
+  static constexpr int kRows = kWarp ? kLayerNormWarps : 1;
+
+  static __device__ __forceinline__ int lane() { return kWarp ? threadIdx.x % 32 : threadIdx.x; }
+  static __device__ __forceinline__ int64_t first_row() {
+    return static_cast<int64_t>(blockIdx.x) * kRows + (kWarp ? threadIdx.x / 32 : 0);
+  }
+  static __device__ __forceinline__ int col(int chunk) {
+    return (chunk * (kWarp ? 32 : blockDim.x) + lane()) * kChunk;
+  }
+};
+
+// x null: the rows of `residual` are normalised as they are. rng null: nothing is dropped.
+template <typename X, typename S, typename O, int kMode>
+__global__ void __launch_bounds__(Shape<kMode>::kMaxThreads)
+    layer_norm_fwd_kernel(const X *__restrict__ x, const S *__restrict__ residual,
+                          const float *__restrict__ weight, const float *__restrict__ bias,
+                          S *__restrict__ new_residual, O *__restrict__ normed,
+                          float *__restrict__ mean, float *__restrict__ rstd,
+                          const int64_t *__restrict__ rng, int64_t N, int C, float eps,
+                          int64_t site, uint32_t threshold, float scale) {
+  using L = Shape<kMode>;
+  __shared__ float partial[2][32];
+  const int64_t row = L::first_row();
+  if (L::kWarp && row >= N)
+    return;
+  const int64_t at = row * C;
+  float v[L::kChunks][kChunk];
+#pragma unroll
+  for (int i = 0; i < L::kChunks; ++i)
+    load<L::kWide>(v[i], residual + at, L::col(i), C);
+  if (x) {
+    float branch[L::kChunks][kChunk];
+#pragma unroll
+    for (int i = 0; i < L::kChunks; ++i)
+      load<L::kWide>(branch[i], x + at, L::col(i), C);
+    if (rng) {
+      const uint64_t seed = static_cast<uint64_t>(rng[0]);
+      const uint64_t stream = static_cast<uint64_t>(rng[1]) + static_cast<uint64_t>(site);
+#pragma unroll
+      for (int i = 0; i < L::kChunks; ++i)
+        apply_dropout(branch[i], seed, stream, row, L::col(i), threshold, scale);
+    }
+#pragma unroll
+    for (int i = 0; i < L::kChunks; ++i) {
+      // The statistics are those of the sum as it is stored, which backward reads.
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j)
+        v[i][j] = to_float(from_float<S>(v[i][j] + branch[i][j]));
+      store<L::kWide>(new_residual + at, v[i], L::col(i), C);
+    }
+  }
+  float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < L::kChunks; ++i)
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j)
+      sum += L::col(i) + j < C ? v[i][j] : 0.0f;
+  const float mu = row_sum<L::kWarp>(sum, partial, 0) / C;
+#pragma unroll
+  for (int i = 0; i < L::kChunks; ++i)
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      const float d = L::col(i) + j < C ? v[i][j] - mu : 0.0f;
+      squares += d * d;
+    }
+  const float r = rsqrtf(row_sum<L::kWarp>(squares, partial, 1) / C + eps);
+#pragma unroll
+  for (int i = 0; i < L::kChunks; ++i) {
+    float w[kChunk], b[kChunk] = {};
+    load<L::kWide>(w, weight, L::col(i), C);
+    if (bias)
+      load<L::kWide>(b, bias, L::col(i), C);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j)
+      v[i][j] = (v[i][j] - mu) * r * w[j] + b[j];
+    store<L::kWide>(normed + at, v[i], L::col(i), C);
+  }
+  if (L::lane() == 0) {
+    mean[row] = mu;
+    rstd[row] = r;
+  }
+}
+
+// grad_x null: there was no branch. sums (blocks, 2, C): those of weight, then those of bias.
+template <typename X, typename S, typename O, int kMode>
+__global__ void __launch_bounds__(Shape<kMode>::kMaxThreads)
+    layer_norm_bwd_kernel(const O *__restrict__ grad_normed,
+                          const S *__restrict__ grad_new_residual, const S *__restrict__ rows,
+                          const float *__restrict__ weight, const float *__restrict__ mean,
+                          const float *__restrict__ rstd, X *__restrict__ grad_x,
+                          S *__restrict__ grad_rows, float *__restrict__ sums,
+                          const int64_t *__restrict__ rng, int64_t N, int C, int64_t site,
+                          uint32_t threshold, float scale) {
+  using L = Shape<kMode>;
+  __shared__ float2 partial[2][32];
+  float sum_weight[L::kChunks][kChunk] = {}, sum_bias[L::kChunks][kChunk] = {};
+  const uint64_t seed = rng ? static_cast<uint64_t>(rng[0]) : 0;
+  const uint64_t stream = rng ? static_cast<uint64_t>(rng[1]) + static_cast<uint64_t>(site) : 0;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * L::kRows;
+  int turn = 0;
+  for (int64_t row = L::first_row(); row < N; row += step, turn ^= 1) {
+    const int64_t at = row * C;
+    const float mu = mean[row], r = rstd[row];
+    float normal[L::kChunks][kChunk], grad[L::kChunks][kChunk];
+#pragma unroll
+    for (int i = 0; i < L::kChunks; ++i) {
+      load<L::kWide>(normal[i], rows + at, L::col(i), C);
+      load<L::kWide>(grad[i], grad_normed + at, L::col(i), C);
+    }
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < L::kChunks; ++i) {
+      float w[kChunk];
+      load<L::kWide>(w, weight, L::col(i), C);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        // Beyond C the gradient is 0, and nothing of `normal` counts.
+        normal[i][j] = (normal[i][j] - mu) * r;
+        sum_weight[i][j] += grad[i][j] * normal[i][j];
+        sum_bias[i][j] += grad[i][j];
+        grad[i][j] *= w[j];
+        sum.x += grad[i][j];
+        sum.y += grad[i][j] * normal[i][j];
+      }
+    }
+    sum = row_sum<L::kWarp>(sum, partial, turn);
+    const float average = sum.x / C, along = sum.y / C;
+#pragma unroll
+    for (int i = 0; i < L::kChunks; ++i) {
+      float passed[kChunk] = {};
+      if (grad_new_residual)
+        load<L::kWide>(passed, grad_new_residual + at, L::col(i), C);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j)
+        grad[i][j] = (grad[i][j] - average - normal[i][j] * along) * r + passed[j];
+      store<L::kWide>(grad_rows + at, grad[i], L::col(i), C);
+      if (grad_x) {
+        if (rng)
+          apply_dropout(grad[i], seed, stream, row, L::col(i), threshold, scale);
+        store<L::kWide>(grad_x + at, grad[i], L::col(i), C);
+      }
+    }
+  }
+  float *out = sums + static_cast<int64_t>(blockIdx.x) * 2 * C;
+  if constexpr (L::kWarp) {
+    // The warps add theirs one after another.
+    __shared__ alignas(16) float total[2][kLayerNormWarpCols];
+    for (int warp = 0; warp < kLayerNormWarps; ++warp) {
+      if (threadIdx.x / 32 == warp)
+#pragma unroll
+        for (int i = 0; i < L::kChunks; ++i) {
+          float w[kChunk] = {}, b[kChunk] = {};
+          if (warp) {
+            load<true>(w, total[0], L::col(i), C);
+            load<true>(b, total[1], L::col(i), C);
+          }
+#pragma unroll
+          for (int j = 0; j < kChunk; ++j) {
+            w[j] += sum_weight[i][j];
+            b[j] += sum_bias[i][j];
+          }
+          store<true>(total[0], w, L::col(i), C);
+          store<true>(total[1], b, L::col(i), C);
+        }
+      __syncthreads();
+    }
+    for (int col = threadIdx.x * 4; col < C; col += 4 * 32 * kLayerNormWarps) {
+      *reinterpret_cast<float4 *>(out + col) = *reinterpret_cast<const float4 *>(total[0] + col);
+      *reinterpret_cast<float4 *>(out + C + col) =
+          *reinterpret_cast<const float4 *>(total[1] + col);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < L::kChunks; ++i) {
+      store<L::kWide>(out, sum_weight[i], L::col(i), C);
+      store<L::kWide>(out + C, sum_bias[i], L::col(i), C);
+    }
+  }
+}
+
+constexpr int kSumCols = 32, kSumRows = 8;
+
+// Adds the sums of all blocks, always in the same order: a thread those of every eighth block.
+template <typename W>
+__global__ void __launch_bounds__(kSumCols *kSumRows)
+    layer_norm_sums_kernel(const float *__restrict__ sums, W *__restrict__ grad_weight,
+                           W *__restrict__ grad_bias, int blocks, int C) {
+  __shared__ float partial[kSumRows][kSumCols];
+  const int lane = threadIdx.x % kSumCols, first = threadIdx.x / kSumCols;
+  const int col = blockIdx.x * kSumCols + lane;
+  float sum = 0.0f;
+  if (col < 2 * C)
+    for (int block = first; block < blocks; block += kSumRows)
+      sum += sums[static_cast<int64_t>(block) * 2 * C + col];
+  partial[first][lane] = sum;
+  __syncthreads();
+  if (first == 0 && col < 2 * C) {
+    for (int i = 1; i < kSumRows; ++i)
+      sum += partial[i][lane];
+    W *out = col < C ? grad_weight + col : grad_bias + (col - C);
+    *out = from_float<W>(sum);
+  }
+}
+
+uint64_t address(const void *p) { return reinterpret_cast<uint64_t>(p); }
+
+// Calls `run` with values of the three types, if there are kernels for them.
+template <typename F> bool with_types(int x, int residual, int normed, F run) {
+  constexpr int f = FASTFORMER_FLOAT32, b = FASTFORMER_BFLOAT16, h = FASTFORMER_FLOAT16;
+  const auto are = [&](int i, int j, int k) { return x == i && residual == j && normed == k; };
+  const float single = 0.0f;
+  const __nv_bfloat16 brain{};
+  const __half half{};
+  if (are(f, f, f))
+    run(single, single, single);
+  else if (are(b, b, b))
+    run(brain, brain, brain);
+  else if (are(h, h, h))
+    run(half, half, half);
+  else if (are(b, f, b))
+    run(brain, single, brain);
+  else if (are(h, f, h))
+    run(half, single, half);
+  else if (are(f, f, b))
+    run(single, single, brain);
+  else if (are(f, f, h))
+    run(single, single, half);
+  else
+    return false;
+  return true;
+}
+
+template <typename X, typename S, typename O, int kMode>
+void forward(const LayerNormLaunch &launch, const fastformer_layer_norm_fwd_args &a,
+             cudaStream_t stream) {
+  layer_norm_fwd_kernel<X, S, O, kMode>
+      <<<static_cast<unsigned>(launch.blocks), launch.threads, 0, stream>>>(
+          static_cast<const X *>(a.x), static_cast<const S *>(a.residual), a.weight, a.bias,
+          static_cast<S *>(a.new_residual), static_cast<O *>(a.normed), a.mean, a.rstd, a.rng, a.N,
+          static_cast<int>(a.C), a.eps, a.site, a.threshold, a.scale);
+}
+
+template <typename X, typename S, typename O, int kMode>
+void backward(const LayerNormLaunch &launch, const fastformer_layer_norm_bwd_args &a,
+              cudaStream_t stream) {
+  layer_norm_bwd_kernel<X, S, O, kMode>
+      <<<static_cast<unsigned>(launch.blocks), launch.threads, 0, stream>>>(
+          static_cast<const O *>(a.grad_normed), static_cast<const S *>(a.grad_new_residual),
+          static_cast<const S *>(a.rows), a.weight, a.mean, a.rstd, static_cast<X *>(a.grad_x),
+          static_cast<S *>(a.grad_rows), a.sums, a.rng, a.N, static_cast<int>(a.C), a.site,
+          a.threshold, a.scale);
+}
+
+template <typename W>
+void add_sums(const fastformer_layer_norm_bwd_args &a, int64_t blocks, cudaStream_t stream) {
+  const int C = static_cast<int>(a.C);
+  layer_norm_sums_kernel<W><<<(2 * C + kSumCols - 1) / kSumCols, kSumCols * kSumRows, 0, stream>>>(
+      a.sums, static_cast<W *>(a.grad_weight), static_cast<W *>(a.grad_bias),
+      static_cast<int>(blocks), C);
+}
+
+} // namespace
+} // namespace fastformer
+
+extern "C" int fastformer_layer_norm_takes(int x, int residual, int normed) {
+  return fastformer::with_types(x, residual, normed, [](auto, auto, auto) {});
+}
+
+extern "C" int64_t fastformer_layer_norm_max_cols() { return fastformer::kLayerNormMaxCols; }
+
+extern "C" int64_t fastformer_layer_norm_max_sums() { return fastformer::kLayerNormMaxSums; }
+
+extern "C" int fastformer_layer_norm_fwd(const fastformer_layer_norm_fwd_args *args,
+                                         fastformer_stream stream) {
+  using namespace fastformer;
+  const fastformer_layer_norm_fwd_args &a = *args;
+  if (a.N == 0 || a.C == 0)
+    return cudaSuccess;
+  const LayerNormLaunch launch =
+      layer_norm_launch(a.N, a.C, a.x_type || a.residual_type || a.normed_type,
+                        address(a.x) | address(a.residual) | address(a.weight) | address(a.bias) |
+                            address(a.new_residual) | address(a.normed),
+                        false);
+  const bool known =
+      with_types(a.x_type, a.residual_type, a.normed_type, [&](auto x, auto s, auto o) {
+        using X = decltype(x);
+        using S = decltype(s);
+        using O = decltype(o);
+        if (launch.mode == kLayerNormWarp)
+          forward<X, S, O, kLayerNormWarp>(launch, a, stream);
+        else if (launch.mode == kLayerNormBlock)
+          forward<X, S, O, kLayerNormBlock>(launch, a, stream);
+        else
+          forward<X, S, O, kLayerNormScalar>(launch, a, stream);
+      });
+  return known ? cudaGetLastError() : cudaErrorInvalidValue;
+}
+
+extern "C" int fastformer_layer_norm_bwd(const fastformer_layer_norm_bwd_args *args,
+                                         fastformer_stream stream) {
+  using namespace fastformer;
+  const fastformer_layer_norm_bwd_args &a = *args;
+  if (a.C == 0)
+    return cudaSuccess;
+  const LayerNormLaunch launch = layer_norm_launch(
+      a.N, a.C, a.x_type || a.residual_type || a.normed_type,
+      address(a.grad_normed) | address(a.grad_new_residual) | address(a.rows) | address(a.weight) |
+          address(a.grad_x) | address(a.grad_rows) | address(a.sums),
+      true);
+  const bool known =
+      with_types(a.x_type, a.residual_type, a.normed_type, [&](auto x, auto s, auto o) {
+        using X = decltype(x);
+        using S = decltype(s);
+        using O = decltype(o);
+        if (a.N == 0)
+          return;
+        if (launch.mode == kLayerNormWarp)
+          backward<X, S, O, kLayerNormWarp>(launch, a, stream);
+        else if (launch.mode == kLayerNormBlock)
+          backward<X, S, O, kLayerNormBlock>(launch, a, stream);
+        else
+          backward<X, S, O, kLayerNormScalar>(launch, a, stream);
+      });
+  if (!known)
+    return cudaErrorInvalidValue;
+  if (const cudaError_t error = cudaGetLastError())
+    return error;
+  if (a.weight_type == FASTFORMER_FLOAT32)
+    add_sums<float>(a, launch.blocks, stream);
+  else if (a.weight_type == FASTFORMER_BFLOAT16)
+    add_sums<__nv_bfloat16>(a, launch.blocks, stream);
+  else
+    add_sums<__half>(a, launch.blocks, stream);
+  return cudaGetLastError();
+}
