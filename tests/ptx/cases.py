@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from tests.ptx.triton_compile import ROOT
 
 CORPUS_FOLDER = Path(__file__).parent / "kernels"
 DROPOUT_CU = ROOT / "csrc" / "cuda" / "dropout.cu"
+LAYER_NORM_CU = ROOT / "csrc" / "cuda" / "layer_norm.cu"
 
 Rule = Callable[[Resources], list[str]]
 
@@ -54,6 +55,12 @@ def _triton(name: str, arch: int, launch: Callable[[], object], *rules: Rule) ->
     return Case(name, arch, "triton", records, rules)
 
 
+@lru_cache(maxsize=4)
+def cuda_kernels(source: Path, arch: str) -> nvcc.CudaKernels:
+    """Kept: a file of many kernels is slow to read."""
+    return nvcc.CudaKernels(source, arch)
+
+
 def _cuda(
     name: str,
     arch: str,
@@ -64,7 +71,7 @@ def _cuda(
     dynamic_shared: int = 0,
 ) -> Case:
     def records() -> list[Resources]:
-        return [nvcc.CudaKernels(source, arch).resources(kernel, threads, dynamic_shared)]
+        return [cuda_kernels(source, arch).resources(kernel, threads, dynamic_shared)]
 
     return Case(name, int(arch.rstrip("a")), "nvcc", records, rules)
 
@@ -155,8 +162,29 @@ def _cuda_corpus(arch: str) -> list[Case]:
     return cases
 
 
+def _library_layer_norm(arch: str) -> list[Case]:
+    """C = 768 and 4096: a warp and a block per row."""
+    cases = []
+    for low in ("float", "__nv_bfloat16", "__half"):
+        for what, mode, threads in (
+            ("fwd", 0, 128),
+            ("bwd", 0, 128),
+            ("fwd", 1, 256),
+            ("bwd", 1, 256),
+        ):
+            kernel = f"layer_norm_{what}_kernel<{low}, {low}, {low}, {mode}>"
+            name = f"layer_norm_{what}-{low.strip('_')}-{('warp', 'block')[mode]}"
+            cases.append(_cuda(name, arch, LAYER_NORM_CU, kernel, threads, gates.wide_accesses))
+    sums = "layer_norm_sums_kernel<float>"
+    return [*cases, _cuda("layer_norm_sums", arch, LAYER_NORM_CU, sums, 256)]
+
+
 LIBRARY = [
-    _cuda("dropout_mask", arch, DROPOUT_CU, "dropout_mask_kernel", 256) for arch in ("80", "90a")
+    *(
+        _cuda("dropout_mask", arch, DROPOUT_CU, "dropout_mask_kernel", 256)
+        for arch in ("80", "90a")
+    ),
+    *(case for arch in ("80", "90a") for case in _library_layer_norm(arch)),
 ]
 CORPUS = [
     *_corpus(80),
