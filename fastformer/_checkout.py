@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 
 
 class _KernelsFinder:
-    """Maps fastformer.kernels to ../kernels where no other finder has it."""
+    """Maps fastformer.kernels to ../kernels, before finders that know of another checkout."""
 
     @staticmethod
     def find_spec(
@@ -39,7 +39,7 @@ class _KernelsFinder:
 def install_finder() -> None:
     """Make `import fastformer.kernels` work in a checkout."""
     if not (PACKAGE / "kernels").is_dir() and _KernelsFinder not in sys.meta_path:
-        sys.meta_path.append(_KernelsFinder)
+        sys.meta_path.insert(0, _KernelsFinder)
 
 
 def library_path() -> Path | None:

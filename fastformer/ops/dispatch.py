@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +56,11 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cuda": {
         # "cuda" joins this row when it has passed its tests on a GPU.
         "dropout_mask": ("reference",),
-        # The kernels of layer_norm and add_layer_norm are unmeasured: they have no row.
+        # "cuda" and "triton" are unmeasured here: the faster goes first once it has passed there.
+        "layer_norm_fwd": ("reference",),
+        "layer_norm_bwd": ("reference",),
+        "add_layer_norm_fwd": ("reference",),
+        "add_layer_norm_bwd": ("reference",),
     },
 }
 _FALLBACK = ("reference",)
@@ -143,6 +149,33 @@ def add_kernel(
 ) -> None:
     """Add a kernel to the raw op `op`; it is used where `_PREFERENCE` or the user says so."""
     _kernels[op][backend] = Kernel(run, refuse)
+
+
+def add_triton(op: str, module: str) -> None:
+    """Add the kernel `fastformer.kernels.<module>.<op>`; it may run where `refuse` there is None.
+
+    The module, and Triton with it, is imported when tensors on a GPU first ask for it.
+    """
+
+    @functools.cache
+    def kernels() -> Any:
+        return importlib.import_module(f"fastformer.kernels.{module}")
+
+    @functools.cache
+    def is_installed() -> bool:
+        return importlib.util.find_spec("triton") is not None
+
+    def run(*args: Any) -> Any:
+        return getattr(kernels(), op)(*args)
+
+    def refuse(*args: Any) -> str | None:
+        if _device_type(args) != "cuda":
+            return f"it takes cuda tensors, these are on {_device_type(args)}"
+        if not is_installed():
+            return "triton is not installed: pip install triton"
+        return kernels().refuse(*args)
+
+    add_kernel(op, "triton", run, refuse)
 
 
 def _refuse_native(

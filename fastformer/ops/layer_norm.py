@@ -138,6 +138,9 @@ dispatch.define(
     limits={"cuda": _refuse_cuda},
 )
 
+for _op in ("layer_norm_fwd", "layer_norm_bwd", "add_layer_norm_fwd", "add_layer_norm_bwd"):
+    dispatch.add_triton(_op, "layer_norm")
+
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod

@@ -1,0 +1,200 @@
+"""The Triton kernels of LayerNorm, executed as compiled, through the public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
+
+import fastformer
+from fastformer import add_layer_norm, layer_norm
+from fastformer.ops import dispatch, dropout_mask
+
+N = 7
+SITE = 3
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ["_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_reduce_kernel"]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
+widths = pytest.mark.parametrize("C", [20, 127, 768, 1023])
+has_bias = pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+
+
+@pytest.fixture
+def triton(target, monkeypatch):
+    """A block that runs every op by Triton, on the CPU where `target` is emulated."""
+
+    @contextmanager
+    def run(**options) -> Iterator[list]:
+        with target.run(**options) as launches, fastformer.backend("triton"):
+            yield launches
+
+    if target.arch is not None:
+        monkeypatch.setattr(dispatch, "_device_type", lambda args: "cuda")
+    return run
+
+
+def affine(C: int, has_bias: bool, device: str) -> dict[str, Tensor]:
+    weight, bias = 1 + 0.5 * torch.randn(C), torch.randn(C)
+    tensors = {"weight": weight} | ({"bias": bias} if has_bias else {})
+    return {name: value.to(device) for name, value in tensors.items()}
+
+
+def eager(x, weight, bias=None):
+    return F.layer_norm(x, (x.shape[-1],), weight, bias)
+
+
+def eager_add(x, residual, weight, bias=None, *, keep=None, dropout_p=0.0):
+    if keep is not None:
+        x = x * keep / (1 - round(dropout_p * 65536) / 65536)
+    total = residual + x
+    return eager(total, weight, bias), total
+
+
+def rng_and_keep(device: str, C: int, dropout_p: float) -> tuple[Tensor, Tensor | None]:
+    """A state whose halves are all in use, and the reference's mask."""
+    rng = torch.tensor([-(2**61) + 12345, 2**35 + 7], device=device)
+    if dropout_p == 0.0:
+        return rng, None
+    with fastformer.backend("reference"):
+        return rng, dropout_mask(N, C, dropout_p, rng, SITE)
+
+
+@dtypes
+@widths
+@has_bias
+@pytest.mark.parametrize("seed", [1, 2])
+def test_layer_norm(target, triton, check_numerics, has_bias, C, dtype, seed):
+    values = {"x": 2 * torch.randn(N, C).to(target.device) + 1}
+    with triton(checks=True, seed=seed) as launches:
+        check_numerics(layer_norm, eager, dtype, values | affine(C, has_bias, target.device))
+    assert [launch.name for launch in launches] in ([], [NAMES[0], *NAMES])
+
+
+@dtypes
+@widths
+@has_bias
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_add_layer_norm(target, triton, check_numerics, dropout_p, has_bias, C, dtype):
+    rng, keep = rng_and_keep(target.device, C, dropout_p)
+    values = {name: torch.randn(N, C).to(target.device) for name in ("x", "residual")}
+
+    def ours(**tensors):
+        return add_layer_norm(**tensors, dropout_p=dropout_p, rng=rng, site=SITE)
+
+    def peer(**tensors):
+        return eager_add(**tensors, keep=keep, dropout_p=dropout_p)
+
+    with triton(checks=True, seed=C) as launches:
+        check_numerics(ours, peer, dtype, values | affine(C, has_bias, target.device))
+    assert [launch.name for launch in launches] in ([], [NAMES[0], *NAMES])
+
+
+@dtypes
+def test_a_float32_residual_beside_lower_precision(target, triton, check_numerics, dtype):
+    rng, keep = rng_and_keep(target.device, 768, 0.1)
+
+    def ours(**tensors):
+        normed, total = add_layer_norm(**tensors, dropout_p=0.1, rng=rng, site=SITE)
+        assert total.dtype == torch.float32 and normed.dtype == dtype
+        return normed, total
+
+    def peer(x, residual, weight, bias):
+        total = eager_add(x.to(residual.dtype), residual, weight, bias, keep=keep, dropout_p=0.1)
+        return total[0].to(x.dtype), total[1]
+
+    values = {name: torch.randn(N, 768).to(target.device) for name in ("x", "residual")}
+    kept = ("residual", "weight", "bias")
+    with triton(checks=True):
+        check_numerics(ours, peer, dtype, values | affine(768, True, target.device), kept=kept)
+
+
+@widths
+@pytest.mark.parametrize("dropout_p", [2**-16, 0.5, 0.99999])
+def test_the_mask_is_that_of_the_reference(target, triton, dropout_p, C):
+    rng, keep = rng_and_keep(target.device, C, dropout_p)
+    x = torch.ones(N, C, device=target.device, requires_grad=True)
+    weight = torch.ones(C, device=target.device)
+    with triton():
+        _, total = add_layer_norm(
+            x, torch.zeros_like(x), weight, dropout_p=dropout_p, rng=rng, site=SITE
+        )
+        total.backward(torch.ones_like(total))
+    assert torch.equal(total != 0, keep)
+    assert torch.equal(x.grad != 0, keep)
+
+
+def test_sums_over_many_programs_are_the_same_bits_every_time(target, triton):
+    """The order in which blocks run must not show: 150 programs, in two tiles of the sums."""
+    rows, C = 599 * 8, 127
+    x = torch.randn(rows, C).to(target.device)
+    grad_out = torch.randn(rows, C).to(target.device)
+    weight = affine(C, False, target.device)["weight"]
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    eager(*exact).backward(grad_out.double())
+    runs = []
+    for seed in (1, 2):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        with triton(seed=seed, checks=seed == 1):
+            layer_norm(*leaves).backward(grad_out)
+        runs.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    for found, leaf in zip(runs[0], exact, strict=True):
+        assert (found - leaf.grad).norm() < 1e-6 * leaf.grad.norm()
+
+
+@pytest.mark.parametrize("used", ["normed", "total"])
+def test_add_when_only_one_result_is_used(target, triton, used):
+    inputs = {name: torch.randn(N, 20).to(target.device) for name in ("x", "residual")}
+    inputs |= affine(20, True, target.device)
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    index = ("normed", "total").index(used)
+    with triton():
+        add_layer_norm(**leaves)[index].square().sum().backward()
+    eager_add(**exact)[index].square().sum().backward()
+    for name, leaf in leaves.items():
+        expected = exact[name].grad
+        expected = torch.zeros_like(exact[name]) if expected is None else expected
+        torch.testing.assert_close(leaf.grad.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_strides_do_not_matter(target, triton):
+    sizes = ((3, 5, 20), (3, 5, 20), (20,), (20,), (3, 5, 20))
+    views = [torch.randn(*size, 2).to(target.device)[..., 0] for size in sizes]
+    grad = views.pop()
+    leaves = [view.detach().requires_grad_() for view in views]
+    exact = [view.detach().double().contiguous().requires_grad_() for view in views]
+    with triton():
+        add_layer_norm(*leaves)[0].backward(grad)
+    eager_add(*exact)[0].backward(grad.double())
+    for leaf, copy in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), copy.grad, atol=1e-4, rtol=1e-5)
+
+
+def test_no_rows(target, triton):
+    x = torch.randn(0, 16, device=target.device, requires_grad=True)
+    tensors = {n: t.requires_grad_() for n, t in affine(16, True, target.device).items()}
+    with triton():
+        layer_norm(x, **tensors).sum().backward()
+    assert x.grad.shape == (0, 16)
+    assert not any(t.grad.any() for t in tensors.values())
+
+
+def test_what_the_kernels_refuse(target, triton):
+    x = torch.randn(2, 8200, device=target.device)
+    with triton(), pytest.raises(RuntimeError, match="at most 8192 elements, got 8200"):
+        layer_norm(x, x[0])
+    with triton(), pytest.raises(RuntimeError, match="got float64"):
+        layer_norm(x[:, :8].double(), x[0, :8])
+
+
+def test_tensors_on_the_cpu_are_refused():
+    x = torch.randn(2, 8)
+    with fastformer.backend("triton"), pytest.raises(RuntimeError, match="these are on cpu"):
+        layer_norm(x, x[0])
