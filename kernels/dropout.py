@@ -7,13 +7,11 @@ import triton.language as tl
 
 
 @triton.jit
-def keep_mask(rng_ptr, site, rows, threshold, first_col, COLS: tl.constexpr):
+def keep_mask(seed, stream, rows, threshold, first_col, COLS: tl.constexpr):
     """Return the mask (M, COLS) of `rows` (M,) and the COLS columns from `first_col` on.
 
-    COLS and `first_col` are multiples of 8: one draw of Philox serves eight columns.
+    `seed` is rng[0] and `stream` is rng[1] + site, both int64. COLS and `first_col` are multiples of 8: one draw of Philox serves eight columns.
     """
-    seed = tl.load(rng_ptr)
-    stream = tl.load(rng_ptr + 1) + site
     groups = first_col // 8 + tl.arange(0, COLS // 8)
     col_group = groups[None, :].to(tl.uint32)
     row = rows[:, None].to(tl.uint32) + tl.zeros_like(col_group)

@@ -56,7 +56,8 @@ def _layer_norm_fwd_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if rng_ptr is not None:
-            keep = keep_mask(rng_ptr, site, offs_m, threshold, 0, BLOCK_C)
+            seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+            keep = keep_mask(seed, stream, offs_m, threshold, 0, BLOCK_C)
             x = tl.where(keep, x * scale, 0.0)
         # The statistics are those of the sum as it is stored, which backward reads.
         total = (residual + x).to(new_residual_ptr.dtype.element_ty)
@@ -99,6 +100,8 @@ def _layer_norm_bwd_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    if rng_ptr is not None:
+        seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
     grad_weight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     grad_bias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(pid * BLOCK_M, N, programs * BLOCK_M):
@@ -122,7 +125,7 @@ def _layer_norm_bwd_kernel(
             stored = grad.to(grad_residual_ptr.dtype.element_ty)
             tl.store(grad_residual_ptr + offs, stored, mask=mask)
             if rng_ptr is not None:
-                keep = keep_mask(rng_ptr, site, offs_m, threshold, 0, BLOCK_C)
+                keep = keep_mask(seed, stream, offs_m, threshold, 0, BLOCK_C)
                 grad = tl.where(keep, grad * scale, 0.0)
         tl.store(grad_x_ptr + offs, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
     partial_ptr += pid * C + offs_c

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastformer.kernels import layer_norm as library_layer_norm
 from tests.ptx import gates, nvcc
 from tests.ptx.kernels import attention, attention_bwd, dropout, layer_norm, matmul, reductions
 from tests.ptx.resources import Resources, compile_only
@@ -84,6 +85,20 @@ def _layer_norm() -> None:
     x, weight = _meta(4096, 768), _meta(768, dtype=torch.float32)
     _, mean, rstd = layer_norm.layer_norm_fwd(x, weight, weight)
     layer_norm.layer_norm_bwd(x, weight, x, mean, rstd)
+
+
+def _library_layer_norm(raw: str, C: int) -> None:
+    """The launches of one op, as a bfloat16 model with float32 parameters makes them."""
+    x, weight = _meta(4096, C), _meta(C, dtype=torch.float32)
+    mean = _meta(4096, dtype=torch.float32)
+    rng = _meta(2, dtype=torch.int64)
+    drop = (0.1, rng, 1)
+    if raw == "layer_norm":
+        library_layer_norm.layer_norm_fwd(x, weight, weight, 1e-5, x.dtype)
+        library_layer_norm.layer_norm_bwd(x, x, weight, mean, mean)
+    else:
+        library_layer_norm.add_layer_norm_fwd(x, x, weight, weight, 1e-5, x.dtype, *drop)
+        library_layer_norm.add_layer_norm_bwd(x, x, x, weight, mean, mean, x.dtype, *drop)
 
 
 def _attention_fwd(D: int, block_m: int, descriptors: bool) -> None:
@@ -162,7 +177,7 @@ def _cuda_corpus(arch: str) -> list[Case]:
     return cases
 
 
-def _library_layer_norm(arch: str) -> list[Case]:
+def _cuda_layer_norm(arch: str) -> list[Case]:
     """C = 768 and 4096: a warp and a block per row."""
     cases = []
     for low in ("float", "__nv_bfloat16", "__half"):
@@ -179,12 +194,21 @@ def _library_layer_norm(arch: str) -> list[Case]:
     return [*cases, _cuda("layer_norm_sums", arch, LAYER_NORM_CU, sums, 256)]
 
 
+# A tile of 768 columns is so small that the scalars of its rows and of dropout count.
+_mostly_wide = partial(gates.wide_accesses, share=0.8)
+
 LIBRARY = [
     *(
         _cuda("dropout_mask", arch, DROPOUT_CU, "dropout_mask_kernel", 256)
         for arch in ("80", "90a")
     ),
-    *(case for arch in ("80", "90a") for case in _library_layer_norm(arch)),
+    *(case for arch in ("80", "90a") for case in _cuda_layer_norm(arch)),
+    *(
+        _triton(f"{raw}-{C}", arch, partial(_library_layer_norm, raw, C), _mostly_wide)
+        for raw in ("layer_norm", "add_layer_norm")
+        for C in (768, 8192)
+        for arch in (80, 90)
+    ),
 ]
 CORPUS = [
     *_corpus(80),
