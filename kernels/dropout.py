@@ -10,7 +10,8 @@ import triton.language as tl
 def keep_mask(seed, stream, rows, threshold, first_col, COLS: tl.constexpr):
     """Return the mask (M, COLS) of `rows` (M,) and the COLS columns from `first_col` on.
 
-    `seed` is rng[0] and `stream` is rng[1] + site, both int64. COLS and `first_col` are multiples of 8: one draw of Philox serves eight columns.
+    `seed` is rng[0] and `stream` is rng[1] + site, both int64. COLS and `first_col` are multiples
+    of 8: one draw of Philox serves eight columns.
     """
     groups = first_col // 8 + tl.arange(0, COLS // 8)
     col_group = groups[None, :].to(tl.uint32)

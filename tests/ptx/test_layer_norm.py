@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +204,21 @@ def test_what_the_kernels_refuse(target, triton):
         layer_norm(x, x[0])
     with triton(), pytest.raises(RuntimeError, match="got float64"):
         layer_norm(x[:, :8].double(), x[0, :8])
+
+
+def test_triton_is_not_imported_for_tensors_on_the_cpu():
+    program = """
+import sys, torch, fastformer
+x = torch.randn(2, 8)
+fastformer.layer_norm(x, x[0])
+print(fastformer.explain("layer_norm", x, x[0]), "triton" in sys.modules)
+"""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not triton: it takes cuda tensors, these are on cpu" in done.stdout
+    assert done.stdout.endswith("False\n")
 
 
 def test_tensors_on_the_cpu_are_refused():
