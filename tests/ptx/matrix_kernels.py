@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tests.ptx.emulator import Module
@@ -20,12 +22,13 @@ def run(
     shared_bytes: int = 0,
     publish: str = PUBLISH,
     target: str = "sm_90a",
+    machine: Callable[[str], Module] = Module,
 ) -> dict[str, np.ndarray]:
     """Run `body` after loading `inputs`, and return the registers named by `outputs`.
 
     Input "a" (threads, n) is in %a0, %a1 ...; output "d" of n registers comes from %d0, %d1 ...,
     as uint32 (threads, n). `shared` are bytes that lie at the start of shared memory. %thread is
-    the thread's number.
+    the thread's number. `machine` makes a Module of PTX.
     """
     image = np.zeros(0, np.uint8) if shared is None else shared
     image = np.pad(image, (0, -len(image) % (4 * threads)))
@@ -47,7 +50,7 @@ def run(
             for i, (name, count) in enumerate(outputs.items())
         ),
     )
-    module = Module(text)
+    module = machine(text)
     arguments = [module.upload(image if len(image) else np.zeros(16, np.uint8), "image")]
     for name, array in inputs.items():
         arguments.append(module.upload(array.astype(np.uint32), name))

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -159,14 +159,18 @@ class CudaKernels:
         grid: int | Sequence[int],
         threads: int,
         arguments: Sequence[Any],
+        *,
+        machine: Callable[[str], Module] | None = None,
         **options: Any,
     ) -> int:
         """Run a kernel and return the number of instructions; `options` are those of Module.launch.
 
+        `machine` makes what is launched of PTX, the emulator's Module if it is None.
+
         Arrays, also those of a Tiled or Shifted, are contiguous; the kernel's results are written
         into them.
         """
-        module = self._module.fresh()
+        module = self._module.fresh() if machine is None else machine(self.ptx)
         buffers: dict[int, tuple[np.ndarray, Any]] = {}
 
         def upload(array: np.ndarray, position: int) -> Any:

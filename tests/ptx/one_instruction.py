@@ -18,20 +18,25 @@ _HEADER = ".version 8.4\n.target sm_90a\n.address_size 64\n"
 
 
 def run(
-    body: str, *, threads: int | None = None, registers: str = "", **operands: np.ndarray | type
+    body: str,
+    *,
+    threads: int | None = None,
+    registers: str = "",
+    machine: Callable[[str], Module] = Module,
+    **operands: np.ndarray | type,
 ) -> list[np.ndarray]:
     """Run statements on registers that have the names of `operands`.
 
     An array is loaded, an element per thread; a dtype stands for an output of that type. Returns
     the outputs in order. `threads` is the size of the blocks, of which there are as many as
-    the arrays need.
+    the arrays need, and `machine` makes a Module of PTX.
     """
     inputs = {name: x for name, x in operands.items() if isinstance(x, np.ndarray)}
     outputs = {name: x for name, x in operands.items() if name not in inputs}
     count = len(next(iter(inputs.values()))) if inputs else threads
     threads = threads or min(count, 256)
     blocks = -(-count // threads)
-    module = Module(kernel(body, inputs, outputs, registers))
+    module = machine(kernel(body, inputs, outputs, registers))
     arguments = [
         module.upload(np.resize(_stored(x), blocks * threads), name) for name, x in inputs.items()
     ]
@@ -105,12 +110,13 @@ def opcodes(module: ModuleType, base: str | None = None) -> list[str]:
         opcode
         for form in FORMS
         if form.handler.__module__ == module.__name__ and base in (None, form.base)
-        for opcode in _expand(form.text)
+        for opcode in expand(form.text)
     ]
     return list(dict.fromkeys(found))
 
 
-def _expand(text: str) -> list[str]:
+def expand(text: str) -> list[str]:
+    """The opcodes of a form."""
     found = [""]
     for part in re.findall(r"\[[^\[\]]*\]|[^\[\]]+", text):
         choices = _alternatives(part.strip("[]")) + ([""] if part.startswith("[") else [])

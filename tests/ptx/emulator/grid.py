@@ -214,12 +214,13 @@ def _parameter_bytes(entry: Entry, arguments: Sequence[Argument]) -> bytes:
         )
     data = bytearray(entry.parameter_bytes)
     for parameter, argument in zip(entry.parameters, arguments, strict=False):
-        raw = _argument_bytes(parameter, argument)
+        raw = argument_bytes(parameter, argument)
         data[parameter.offset : parameter.offset + parameter.bytes] = raw
     return bytes(data)
 
 
-def _argument_bytes(parameter: Parameter, argument: Argument) -> bytes:
+def argument_bytes(parameter: Parameter, argument: Argument) -> bytes:
+    """An argument as the bytes of its parameter."""
     if isinstance(argument, TensorMap):
         raw = argument.encode()
     elif isinstance(argument, Buffer):

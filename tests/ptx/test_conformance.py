@@ -1,0 +1,137 @@
+"""The comparison with a card, with the emulator in the card's place: faithful, and not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which brings the disassembler")
+
+from tests.ptx.card import Card, CardError, retargeted
+from tests.ptx.conformance import agree, main
+from tests.ptx.conformance_corpus import Bound, corpus, one
+from tests.ptx.emulator import Module
+
+
+class StandIn:
+    """The emulator with a card's name; `edit` changes the PTX that it runs."""
+
+    name, driver, capability = "stand-in", "0.0", (9, 0)
+
+    def __init__(self, edit=lambda ptx: ptx):
+        self.load = lambda ptx: Module(edit(ptx))
+
+
+def some(step: int = 23):
+    """A part of every family."""
+    seen: Counter[str] = Counter()
+    for comparison in corpus():
+        seen[comparison.family] += 1
+        few = comparison.family in ("mma", "warp", "matrix_moves")
+        if comparison.family != "kernels" and (few or seen[comparison.family] % step == 1):
+            yield comparison
+
+
+def test_the_emulator_agrees_with_itself(capsys, tmp_path):
+    file = tmp_path / "results.json"
+    assert main(["--json", str(file)], open_card=StandIn, comparisons=some) == 0
+    results = json.loads(file.read_text())
+    assert results["card"] == "stand-in" and results["capability"] == "9.0"
+    assert {"arithmetic", "convert", "warp", "mma", "wgmma"} <= set(results["families"])
+    for name, family in results["families"].items():
+        assert family["compared"] and family["values"] > family["compared"], name
+        assert not family["disagreed"] + family["refused"] + family["left_out"], name
+    assert "wgmma" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "opcode", "planted"),
+    [
+        ("arithmetic", "add.u32", "sub.u32"),
+        ("floating", "fma.rn.f32", "fma.rz.f32"),
+        ("floating", "add.rn.f16x2", "sub.rn.f16x2"),
+        ("special_functions", "ex2.approx.f32", "lg2.approx.f32"),
+        ("convert", "cvt.rn.f16.f32", "cvt.rz.f16.f32"),
+        ("compare", "setp.lt.s32", "setp.le.s32"),
+    ],
+)
+def test_a_difference_is_found_and_named(family, opcode, planted, capsys):
+    def card():
+        return StandIn(lambda ptx: ptx.replace(f"{opcode} d", f"{planted} d"))
+
+    others = "xor.b32", "min.s32"
+    comparisons = [one(family, opcode), *(one("other", name) for name in others)]
+    assert main([], open_card=card, comparisons=lambda: comparisons) == 1
+    lines = capsys.readouterr().out.splitlines()
+    named = [line for line in lines if "card 0x" in line]
+    assert named and all(line.startswith(f"{opcode}: result 0[") for line in named)
+    assert all(" of a=0x" in line and "emulator 0x" in line for line in named)
+
+
+def test_a_difference_of_a_tensor_core_is_found(capsys):
+    products = [c for c in corpus() if c.family == "mma"][:1]
+
+    def card():
+        # A different row of A: the second register instead of the first.
+        return StandIn(lambda ptx: ptx.replace("{%a0, %a1,", "{%a1, %a0,"))
+
+    assert main([], open_card=card, comparisons=lambda: products) == 1
+    assert products[0].name in capsys.readouterr().out
+
+
+def test_what_the_card_refuses_counts(capsys):
+    def refuse(ptx):
+        raise CardError("cuModuleLoadDataEx: no such instruction")
+
+    assert main([], open_card=lambda: StandIn(refuse), comparisons=lambda: [one("a", "not.b32")])
+    assert "not.b32: CardError: cuModuleLoadDataEx" in capsys.readouterr().out
+
+
+def test_other_cards_leave_out_what_only_hopper_has(capsys):
+    class Older(StandIn):
+        capability = (8, 0)
+
+    products = [next(c for c in corpus() if c.family == "wgmma")]
+    assert main([], open_card=Older, comparisons=lambda: products) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["wgmma", *"00001"]
+
+
+def test_without_a_driver_it_says_so(capsys):
+    assert main([], open_card=lambda: Card("libno_such_driver.so")) == 2
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "needs an NVIDIA GPU" in out and "libno_such_driver" in out
+
+
+def _f32(*values: float) -> np.ndarray:
+    return np.array(values, np.float32).view(np.uint32)
+
+
+def test_bounds():
+    one_, near, far = 1.0, 1 + 2.0**-22, 1 + 2.0**-10
+    ours, theirs = _f32(one_, one_, one_), _f32(one_, near, far)
+    assert agree(ours, theirs, "f32", Bound()).tolist() == [True, False, False]
+    assert agree(ours, theirs, "f32", Bound(ulps=2)).tolist() == [True, True, False]
+    assert agree(ours, theirs, "f32", Bound(relative=2**-9)).all()
+    assert agree(ours, theirs, "u32", Bound(ulps=2)).tolist() == [True, False, False]
+    nan, other, number = _f32(np.nan), _f32(np.nan) | np.uint32(1), _f32(2.0)
+    for bound, good in ((Bound(), False), (Bound(ulps=9), False), (Bound(nan_open=True), True)):
+        assert agree(nan, other, "f32", bound)[0] == good
+        assert not agree(nan, number, "f32", bound)[0]
+        assert not agree(number, nan, "f32", bound)[0]
+    assert agree(_f32(0.0), _f32(-0.0), "f32", Bound(ulps=1))[0]
+    assert not agree(_f32(1.0), _f32(-1.0), "f32", Bound(ulps=9))[0]
+    assert agree(_f32(1.0), _f32(near), "f32", Bound(mask=0xFFFFE000))[0]
+    assert not agree(_f32(1.0), _f32(near), "f32", Bound(mask=0xFFFFFFFE))[0]
+
+
+def test_ptx_is_for_the_card():
+    ptx = ".version 8.4\n.target sm_90a\n.address_size 64\n"
+    assert retargeted(ptx, (9, 0)) == ptx
+    assert ".target sm_80\n" in retargeted(ptx, (8, 0))
+    assert ".target sm_90\n" in retargeted(ptx, (10, 0))
+    older = ptx.replace("sm_90a", "sm_75")
+    assert all(retargeted(older, c) == older for c in itertools.product((8, 9), (0,)))
