@@ -76,10 +76,10 @@ def _is_nan(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _values(bits: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "bf16":
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    name = {"f16": np.float16, "f64": np.float64}.get(kind, np.float32)
     with np.errstate(invalid="ignore"):
+        if kind == "bf16":
+            return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        name = {"f16": np.float16, "f64": np.float64}.get(kind, np.float32)
         return bits.view(name).astype(np.float64)
 
 

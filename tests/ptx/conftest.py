@@ -5,10 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ptx-coverage", type=Path, metavar="FILE", help="write what the emulator has executed"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Where pytest is not called for this folder it has not asked for options either.
+    file = config.getoption("ptx_coverage", None)
+    if file is not None:
+        from tests.ptx.recording import Recorder
+
+        config.pluginmanager.register(Recorder(file))
 
 
 @dataclass(frozen=True)
