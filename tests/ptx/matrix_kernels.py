@@ -63,7 +63,7 @@ def run(
 
 
 _TEXT = """
-.version 8.3
+.version 8.4
 .target {target}
 .address_size 64
 .shared .align 1024 .b8 smem[{shared_bytes}];

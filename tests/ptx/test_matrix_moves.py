@@ -149,6 +149,7 @@ def test_a_load_after_another_warps_store(synchronised: bool) -> None:
     np.testing.assert_array_equal(out["d"], registers(matrices(where, 4), transposed=False))
 
 
+@pytest.mark.planted_bug
 def test_a_store_that_races_with_a_load() -> None:
     """A warp overwrites rows that the other one has read, with no barrier between."""
     where = addresses(4, 2)
@@ -162,6 +163,7 @@ def test_a_store_that_races_with_a_load() -> None:
     np.testing.assert_array_equal(out["d"], registers(matrices(where, 4), transposed=False))
 
 
+@pytest.mark.planted_bug
 def test_two_rows_at_one_address() -> None:
     where = addresses(4, 2)
     where[3] = where[20]
@@ -172,6 +174,7 @@ def test_two_rows_at_one_address() -> None:
     assert (out["d"] == 5).all()
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("body", [LOAD, STORE, "movmatrix.sync.aligned.m8n8.trans.b16 %d0, %a0;"])
 def test_a_part_of_a_warp_is_refused(body: str) -> None:
     where = addresses(4, 2)

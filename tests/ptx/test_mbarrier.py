@@ -73,6 +73,7 @@ def test_exchange_is_ordered(arrive: str, wait: str, count: int, seed: int | Non
     np.testing.assert_array_equal(out, np.arange(64)[::-1])
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize(
     ("kind", "arrive", "wait", "count", "init"),
     [
@@ -160,6 +161,7 @@ def test_producer_and_consumer(seed: int | None) -> None:
     np.testing.assert_array_equal(out, np.arange(32) * sum(range(7)))
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [

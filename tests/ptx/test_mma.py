@@ -202,6 +202,7 @@ def test_nan_has_the_bits_of_a_tensor_core() -> None:
     assert (out["d"] == 0x7FFFFFFF).all()
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("threads", [32, 64])
 @pytest.mark.parametrize("how", ["branch", "guard"])
 def test_a_part_of_a_warp_is_refused(how: str, threads: int) -> None:

@@ -66,6 +66,7 @@ def test_layer_norm(arch, C):
     assert error(grad_bias, grad_out.sum(0)) < 1e-6
 
 
+@pytest.mark.planted_bug
 @ARCHS
 def test_shared_memory_read_before_a_barrier_is_found(arch):
     with pytest.raises(PtxError) as caught:
@@ -105,6 +106,7 @@ def test_flash_attention(arch, N, D, causal):
     assert out < 4e-3 and lse < 1e-6
 
 
+@pytest.mark.planted_bug
 @ARCHS
 def test_a_copy_that_is_not_waited_for_is_found(arch):
     with pytest.raises(PtxError) as caught:

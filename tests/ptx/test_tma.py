@@ -73,6 +73,7 @@ def test_outside_is_nan() -> None:
     np.testing.assert_array_equal(found.reshape(6, 16), wanted)
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     ("kind", "load", "parts"),
@@ -215,6 +216,7 @@ def test_producer_and_consumers(seed: int | None) -> None:
     np.testing.assert_array_equal(found, array.sum(axis=0, dtype=np.uint32))
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     ("kind", "parts"),

@@ -59,6 +59,7 @@ def test_store(
 OTHER = "setp.eq.u32 %p1, %t, 32;\n    @%p1 st.shared.u32 [tile], %t;"
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     ("kind", "parts"),

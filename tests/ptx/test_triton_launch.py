@@ -294,6 +294,7 @@ def _interleave_kernel(x_ptr, even_ptr, odd_ptr, BLOCK: tl.constexpr):
     tl.store(odd_ptr + 2 * offs, tl.load(x_ptr + BLOCK + offs))
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("size", [60, 3], ids=["not-a-tile", "smaller-than-a-tile"])
 def test_accesses_outside_a_tensor_are_found(size):
     x, y = draw(size, dtype=torch.float32), torch.zeros(128)

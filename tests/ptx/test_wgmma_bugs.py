@@ -10,6 +10,7 @@ from tests.ptx.matrix_kernels import PUBLISH, names, run
 from tests.ptx.wgmma_kernels import COMMIT, FENCE, WAIT, Product
 
 
+@pytest.mark.planted_bug
 def test_an_accumulator_that_is_read_or_written_before_the_wait() -> None:
     product = Product(n=16)
     read, write = "mov.b32 %other, %d3;\n", "mov.b32 %d3, 0;\n"
@@ -20,6 +21,7 @@ def test_an_accumulator_that_is_read_or_written_before_the_wait() -> None:
     product.check(product.run(product.body.replace(WAIT, "mov.b32 %other, %c3;\n" + WAIT)))
 
 
+@pytest.mark.planted_bug
 def test_a_wait_that_leaves_the_last_group() -> None:
     product = Product(n=16)
     wrong = product.body.replace("wait_group.sync.aligned 0", "wait_group.sync.aligned 1")
@@ -28,6 +30,7 @@ def test_a_wait_that_leaves_the_last_group() -> None:
     product.check(product.run(wrong.replace(COMMIT, COMMIT + COMMIT)))
 
 
+@pytest.mark.planted_bug
 def test_a_missing_commit_group() -> None:
     product = Product(n=16)
     assert "wait" in product.refused(product.body.replace(COMMIT, ""), "in flight")
@@ -36,11 +39,13 @@ def test_a_missing_commit_group() -> None:
     assert "commit_group" in product.refused(unused, "in flight")
 
 
+@pytest.mark.planted_bug
 def test_a_missing_wait() -> None:
     product = Product(n=16)
     assert "wait_group" in product.refused(product.body.replace(WAIT, "") + "ret;", "in flight")
 
 
+@pytest.mark.planted_bug
 def test_a_missing_fence() -> None:
     product = Product(n=16, fragment=True)
     message = product.refused(product.body.replace(FENCE, ""), "in flight")
@@ -55,6 +60,7 @@ def test_a_missing_fence() -> None:
         assert register in message
 
 
+@pytest.mark.planted_bug
 def test_a_fence_of_the_other_warpgroup_does_not_count() -> None:
     product = Product(n=16)
     skip = "setp.ge.u32 %p0, %thread, 128;\n"
@@ -104,6 +110,7 @@ def test_a_guard_keeps_the_registers_in_flight_from_use() -> None:
     )
 
 
+@pytest.mark.planted_bug
 def test_an_input_in_registers_that_is_used_before_the_wait() -> None:
     product = Product(n=16, fragment=True)
     for use in ("mov.b32 %other, %a0x2;\n", "mov.b32 %a0x2, 0;\n"):
@@ -111,6 +118,7 @@ def test_an_input_in_registers_that_is_used_before_the_wait() -> None:
         product.check(product.run(product.body.replace(WAIT, WAIT + use)))
 
 
+@pytest.mark.planted_bug
 def test_two_products_that_share_accumulators() -> None:
     """Allowed in flight for the same registers, refused when they only overlap."""
     product = Product(n=16)
@@ -123,6 +131,7 @@ def test_two_products_that_share_accumulators() -> None:
     product.refused(product.body.replace(COMMIT, overlapping + COMMIT), "in flight")
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("operand", ["a", "b"])
 def test_an_operand_that_is_overwritten_in_flight(operand: str) -> None:
     """By another warpgroup's store or by an own one, before the wait or after it."""
@@ -154,12 +163,14 @@ def test_operands_from_ordinary_stores(publish: str, kind: str | None) -> None:
         product.refused(product.body, kind, publish=publish)
 
 
+@pytest.mark.planted_bug
 def test_a_part_of_a_warpgroup() -> None:
     product = Product(n=16)
     message = product.refused(f"setp.ge.u32 %p0, %thread, 96;\n@%p0 ret;\n{product.body}", "warp")
     assert "32 threads of a warpgroup never come" in message
 
 
+@pytest.mark.planted_bug
 def test_a_block_that_ends_within_a_warpgroup() -> None:
     product = Product(n=16)
     inputs = {name: np.pad(array, ((0, 32), (0, 0))) for name, array in product.inputs.items()}
@@ -168,6 +179,7 @@ def test_a_block_that_ends_within_a_warpgroup() -> None:
     assert error.value.kind == "warp"
 
 
+@pytest.mark.planted_bug
 def test_guards_that_split_a_warpgroup() -> None:
     product = Product(n=16)
     for one in ("wgmma.fence", "wgmma.mma_async", "wgmma.commit_group", "wgmma.wait_group"):
@@ -175,6 +187,7 @@ def test_guards_that_split_a_warpgroup() -> None:
         product.refused(body.replace(one, f"@%p0 {one}"), "warp")
 
 
+@pytest.mark.planted_bug
 def test_operands_that_differ_between_threads() -> None:
     product = Product(n=16)
     body = f"setp.eq.u32 %p1, %thread, 77;\n{product.body}"
@@ -200,6 +213,7 @@ def test_descriptors() -> None:
         product.refused(changed(product, old | 1 << reserved), "unsupported")
 
 
+@pytest.mark.planted_bug
 def test_an_operand_that_nothing_has_written() -> None:
     product = Product(n=16)
     product.refused(
