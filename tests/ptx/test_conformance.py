@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shutil
+import subprocess
 from collections import Counter
 
 import numpy as np
@@ -13,7 +16,7 @@ pytest.importorskip("triton", reason="needs Triton, which brings the disassemble
 
 from tests.ptx.card import Card, CardError, retargeted
 from tests.ptx.conformance import agree, main
-from tests.ptx.conformance_corpus import Bound, corpus, one
+from tests.ptx.conformance_corpus import Bound, corpus, is_ptx, one
 from tests.ptx.emulator import Module
 
 
@@ -104,6 +107,36 @@ def test_without_a_driver_it_says_so(capsys):
     assert main([], open_card=lambda: Card("libno_such_driver.so")) == 2
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "needs an NVIDIA GPU" in out and "libno_such_driver" in out
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas on PATH")
+def test_ptxas_takes_what_is_compared(tmp_path):
+    """The driver has the same compiler; a sample, as each takes a part of a second."""
+    texts = []
+
+    def load(ptx):
+        texts.append(ptx)
+        return Module(ptx)
+
+    for comparison in some(97):
+        comparison.run(load)
+    assert len(texts) > 50
+    for i, text in enumerate(texts):
+        source = tmp_path / f"{i}.ptx"
+        source.write_text(text)
+        arch = re.search(r"\.target (\w+)", text)[1]
+        command = ["ptxas", "-O0", "-arch", arch, str(source), "-o", str(tmp_path / "cubin")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr + text
+
+
+@pytest.mark.parametrize(
+    "opcode",
+    ["set.lt.f32.f16", "cvt.sat.u64.u8", "cvt.rzi.s8.bf16", "cvt.rzi.sat.s32.bf16"],
+)
+def test_what_ptxas_refuses_is_not_compared(opcode):
+    assert not is_ptx(opcode)
+    assert all(is_ptx(o) for o in ("set.lt.u32.f16", "cvt.sat.u8.s8", "cvt.rzi.s32.bf16"))
 
 
 def _f32(*values: float) -> np.ndarray:
