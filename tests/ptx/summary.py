@@ -22,7 +22,7 @@ from tests.ptx.emulator.forms import FORMS, find
 from tests.ptx.kernels.attention import attention_fwd
 from tests.ptx.one_instruction import expand
 from tests.ptx.test_mutations import COMPILERS, FLOORS
-from tests.ptx.triton_compile import CACHE
+from tests.ptx.triton_compile import CACHE, ROOT
 from tests.ptx.triton_launch import emulated
 
 COVERAGE = CACHE / "coverage.jsonl"
@@ -125,7 +125,7 @@ def table(executed: Executed | None) -> str:
         runs = [str(sum(int(columns[i]) for columns in rows)) for i in (3, 4)]
     out += [row.format("all", *sums, *runs), ""]
     if executed is None:
-        out.append(f"not measured: pytest tests/ptx --ptx-coverage {COVERAGE}")
+        out.append(f"not measured: pytest tests/ptx --ptx-coverage {COVERAGE.relative_to(ROOT)}")
     else:
         out += [
             f"tests                       {executed.tests} run, {executed.failed} failed",

@@ -95,6 +95,7 @@ def test_reductions(barrier, result):
     assert (run(body, 96, out=zeros(96))["out"] == result).all()
 
 
+@pytest.mark.planted_bug
 def test_participants_agree_about_the_count():
     body = """
         setp.ge.u32 %p1, %t, 32;
@@ -132,6 +133,7 @@ def test_wrong_barriers(barrier, message):
         run(f"setp.lt.u32 %p1, %t, 32; {barrier};", 96)
 
 
+@pytest.mark.planted_bug
 def test_a_divergent_barrier():
     body = """
         setp.ge.u32 %p1, %t, LIMIT;
@@ -180,6 +182,7 @@ def test_threads_that_have_ended():
         run(early.replace("BARRIER", "bar.sync 0, 96"), 96, out=zeros(96))
 
 
+@pytest.mark.planted_bug
 def test_the_rest_of_a_warp_may_not_end_instead():
     body = """
         setp.ge.u32 %p1, %t, 16;

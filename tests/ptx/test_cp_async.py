@@ -106,6 +106,7 @@ def test_groups_are_waited_for_in_order(wait, offset, fine):
             run(body, 64, **arguments)
 
 
+@pytest.mark.planted_bug
 def test_a_store_into_a_copy_that_is_in_flight():
     body = """
         mov.u32 %r9, tile;
@@ -123,6 +124,7 @@ def test_a_copy_still_in_flight_at_the_end_is_no_error():
     run(body, 1, variables=SHARED, x=zeros(1))
 
 
+@pytest.mark.planted_bug
 def test_waiting_is_for_the_own_thread_only():
     body = """
         mov.u32 %r9, tile;
@@ -198,6 +200,7 @@ def test_an_mbarrier_tells_of_the_copies_of_other_threads(noinc, count, own, see
     assert np.array_equal(out, x[np.arange(64) ^ 32])
 
 
+@pytest.mark.planted_bug
 def test_what_comes_after_the_arrival_is_not_released_by_it():
     variables = SHARED + ".shared .align 8 .b64 barrier;"
     body = ARRIVALS.replace("NOINC", ".noinc").replace("COUNT", "64")

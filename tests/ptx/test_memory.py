@@ -154,6 +154,7 @@ def test_unknown_forms_and_wrong_operands_are_unsupported(statement):
         run(f"{statement};", x=zeros(32))
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("access", ["ld.global.b32 %r1, [%rd1]", "st.global.b32 [%rd1], %t"])
 def test_global_bounds_name_the_allocation(access):
     body = f"""
@@ -166,11 +167,13 @@ def test_global_bounds_name_the_allocation(access):
         run(body, x=zeros(32), y=zeros(32))
 
 
+@pytest.mark.planted_bug
 def test_an_access_before_the_first_allocation_is_out_of_bounds():
     with pytest.raises(PtxError, match=r"^bounds: "):
         run("mov.u64 %rd1, 64; ld.global.b32 %r1, [%rd1];", x=zeros(1))
 
 
+@pytest.mark.planted_bug
 def test_shared_bounds():
     body = """
         mov.u32 %r1, tile;
@@ -182,6 +185,7 @@ def test_shared_bounds():
         run(body, threads=96, variables=SHARED)
 
 
+@pytest.mark.planted_bug
 def test_a_vector_must_be_aligned_as_a_whole():
     body = """
         mad.wide.u32 %rd1, %t, 8, %x;
@@ -192,6 +196,7 @@ def test_a_vector_must_be_aligned_as_a_whole():
         run(body.replace("OFFSET", "4"), x=zeros(66))
 
 
+@pytest.mark.planted_bug
 def test_uninitialised_global_memory_is_not_read():
     read = "ld.global.b32 %r1, [%own_x]; st.global.b32 [%own_out], %r1;"
     out = run("st.global.b32 [%own_x], %t;" + read, x=128, out=zeros(32))["out"]
@@ -200,6 +205,7 @@ def test_uninitialised_global_memory_is_not_read():
         run(read, x=128, out=zeros(32))
 
 
+@pytest.mark.planted_bug
 def test_uninitialised_shared_memory_is_not_read():
     body = """
         mov.u32 %r1, tile;
@@ -244,6 +250,7 @@ def test_local_memory_is_private_to_a_thread():
     assert np.array_equal(out, np.arange(64) + 9)
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize(
     ("access", "message"),
     [
@@ -277,6 +284,7 @@ def test_variables_of_the_module():
     assert out.tolist() == [0xFFFFFFFF, 0x201, 0x3F000000, 0]
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("space", ["global", "shared"])
 def test_threads_of_one_instruction_must_not_store_different_values_to_one_address(space):
     body = f"""
@@ -289,6 +297,7 @@ def test_threads_of_one_instruction_must_not_store_different_values_to_one_addre
         run(body.replace("VALUE", "%t"), threads=64, variables=SHARED, x=zeros(1))
 
 
+@pytest.mark.planted_bug
 def test_discarded_memory_is_no_longer_written():
     body = "discard.global.L2 [%x], 128; ld.global.b32 %r1, [%x+OFFSET];"
     run(body.replace("OFFSET", "128"), threads=1, x=zeros(64))

@@ -28,6 +28,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("case", PLAIN)
 def test_warps_that_share_memory_need_a_barrier(case):
     # The words are written before, by their owners' partners.
@@ -38,6 +39,7 @@ def test_warps_that_share_memory_need_a_barrier(case):
     run(body.replace("BARRIER", ""), 64, variables=SHARED, checks=False)
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("accesses", [("st", "ld"), ("ld", "st"), ("st", "st")])
 def test_a_race_is_found_whichever_warp_runs_first(accesses):
     statements = {"st": "st.shared.b32 [%r9], 3;", "ld": "ld.shared.b32 %r1, [%r9];"}
@@ -93,6 +95,7 @@ def test_atomics_of_several_warps_do_not_race():
     run(body, 128, variables=SHARED)
 
 
+@pytest.mark.planted_bug
 def test_a_flag_in_shared_memory_orders_warps_if_there_are_fences():
     body = f"""
         {WORD}
@@ -151,6 +154,7 @@ ACROSS = {
 }
 
 
+@pytest.mark.planted_bug
 @pytest.mark.parametrize("seed", [None, 1, 2])
 @pytest.mark.parametrize("case", ACROSS)
 def test_blocks_that_share_a_word(case, seed):
@@ -174,6 +178,7 @@ def test_what_blocks_may_do_to_one_word(statement):
     run(statement, 64, 5, x=zeros(1))
 
 
+@pytest.mark.planted_bug
 def test_neighbours_within_a_word_do_not_race():
     body = """
         mad.wide.u32 %rd1, %g, 2, %x;
@@ -245,6 +250,7 @@ def test_the_last_block_sums_up(release, atomic, acquire, fine, seed):
             run(body, 64, 5, x=5 * 64 * 4, **arguments)
 
 
+@pytest.mark.planted_bug
 def test_order_is_passed_on_from_block_to_block():
     # Block b waits for block b - 1 only, and reads what block 0 has written.
     body = """
@@ -269,6 +275,7 @@ def test_order_is_passed_on_from_block_to_block():
         run(body.replace("ORDER", "relaxed"), 1, 4, **arguments)
 
 
+@pytest.mark.planted_bug
 def test_a_write_after_many_ordered_reads():
     body = """
         ld.global.b32 %r2, [%x];
