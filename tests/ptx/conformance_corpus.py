@@ -218,7 +218,12 @@ def one(
         values = np.linspace(low, high, len(arrays[0]), dtype=np.float32)
         arrays = [values.view(np.uint32)]
     inputs = dict(zip("abce", arrays, strict=False))
-    defined = inputs["b"] != 0 if base in ("div", "rem") and result[0] in "us" else None
+    defined = None
+    if base in ("div", "rem") and result[0] in "us":
+        defined = inputs["b"] != 0
+    elif base == "div" and "approx" in rest:  # by a subnormal number it has no bound
+        magnitude = inputs["b"] & np.uint32(0x7FFFFFFF)
+        defined = (magnitude == 0) | (magnitude >= 1 << 23)
     output = bool if result == "pred" else unsigned(result)
 
     def run(load: Load) -> list[np.ndarray]:

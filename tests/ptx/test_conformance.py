@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -73,6 +74,21 @@ def test_a_difference_is_found_and_named(family, opcode, planted, capsys):
     named = [line for line in lines if "card 0x" in line]
     assert named and all(line.startswith(f"{opcode}: result 0[") for line in named)
     assert all(" of a=0x" in line and "emulator 0x" in line for line in named)
+
+
+def test_what_the_isa_leaves_open_is_not_compared():
+    """Division by zero, which gives anything."""
+
+    def card():
+        divide = "div.u32 d, a, b;"
+        zeros = f".reg .pred %z; setp.eq.u32 %z, b, 0; {divide} @%z mov.u32 d, 5;"
+        return StandIn(lambda ptx: ptx.replace(divide, zeros))
+
+    comparison = one("arithmetic", "div.u32")
+    assert not comparison.defined.all()
+    assert main([], open_card=card, comparisons=lambda: [comparison]) == 0
+    open_too = dataclasses.replace(comparison, defined=None)
+    assert main([], open_card=card, comparisons=lambda: [open_too]) == 1
 
 
 def test_a_difference_of_a_tensor_core_is_found(capsys):
