@@ -54,6 +54,7 @@ def test_what_counts():
         [
             line("tests/ptx/test_a.py::a", opcodes=["not.b32"], kernels=["1", "2"]),
             line("tests/ptx/test_a.py::b", opcodes=["not.b32", "clz.b32"], kernels=["2"]),
+            line("tests/ptx/test_a.py::c", opcodes=["shl.b32"], kernels=["7"]),
             line("tests/ptx/test_a.py::c", "failed", opcodes=["brev.b32"], kernels=["3"]),
             line("tests/ptx/test_a.py::d", "failed", ptx_error=True),
             line("tests/ptx/test_a.py::e", "skipped"),
