@@ -8,17 +8,30 @@
 namespace fastformer {
 namespace {
 
-constexpr int64_t kPiece = 32768; // elements that one task updates
+constexpr int64_t kGrain = 32768; // the fewest elements that are worth a thread
 
-// A part of one parameter, and what is known of its step.
-struct Piece {
+// One parameter, and what is known of its step.
+struct Parameter {
   float *param;
   const float *grad;
   float *exp_avg, *exp_avg_sq;
   cpu::bf16 *copy;
-  int64_t size;
+  int64_t first, size; // its elements among those of all parameters
   cpu::AdamwStep step;
 };
+
+// Updates the elements [begin, end) of all parameters, which are sorted by `first`.
+void update(const std::vector<Parameter> &parameters, int64_t begin, int64_t end) {
+  const auto kernel = cpu_kernels().adamw->step;
+  auto p = std::upper_bound(parameters.begin(), parameters.end(), begin,
+                            [](int64_t at, const Parameter &one) { return at < one.first; });
+  for (--p; p != parameters.end() && p->first < end; ++p) {
+    const int64_t from = std::max<int64_t>(begin - p->first, 0);
+    const int64_t to = std::min(end - p->first, p->size);
+    kernel(p->param + from, p->grad + from, p->exp_avg + from, p->exp_avg_sq + from,
+           p->copy ? p->copy + from : nullptr, to - from, p->step);
+  }
+}
 
 float *float_data(const char *name, const Tensor &t, int64_t numel) {
   STD_TORCH_CHECK(
@@ -50,50 +63,41 @@ void adamw_step_cpu(const std::vector<Tensor> &params, const std::vector<Tensor>
                       (copies.empty() || copies.size() == count),
                   "adamw_step: the lists must have one length, or none for copies");
   std::vector<Tensor> dense; // keeps what had to be made contiguous
-  std::vector<Piece> pieces;
+  std::vector<Parameter> parameters;
+  int64_t total = 0;
   for (size_t i = 0; i < count; ++i) {
     const int64_t n = params[i].numel();
     dense.push_back(torch::stable::contiguous(grads[i]));
     const double t = next_step(steps[i], false);
-    Piece piece{};
-    piece.param = float_data("params", params[i], n);
-    piece.grad = float_data("grads", dense.back(), n);
-    piece.exp_avg = float_data("exp_avgs", exp_avgs[i], n);
-    piece.exp_avg_sq = float_data("exp_avg_sqs", exp_avg_sqs[i], n);
+    Parameter one{};
+    one.param = float_data("params", params[i], n);
+    one.grad = float_data("grads", dense.back(), n);
+    one.exp_avg = float_data("exp_avgs", exp_avgs[i], n);
+    one.exp_avg_sq = float_data("exp_avg_sqs", exp_avg_sqs[i], n);
     if (!copies.empty()) {
       const Tensor &copy = copies[i];
       STD_TORCH_CHECK(copy.is_cpu() && copy.scalar_type() == ScalarType::BFloat16 &&
                           copy.is_contiguous() && copy.numel() == n,
                       "adamw_step: copies must be contiguous bfloat16, of the parameters' sizes");
-      piece.copy = static_cast<cpu::bf16 *>(copy.mutable_data_ptr());
+      one.copy = static_cast<cpu::bf16 *>(copy.mutable_data_ptr());
     }
-    piece.step.decay = static_cast<float>(1.0 - lr * weight_decay);
-    piece.step.rest1 = static_cast<float>(1.0 - beta1);
-    piece.step.beta2 = static_cast<float>(beta2);
-    piece.step.rest2 = static_cast<float>(1.0 - beta2);
-    piece.step.size = static_cast<float>(lr / (1.0 - std::pow(beta1, t)));
-    piece.step.root_size = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
-    piece.step.eps = static_cast<float>(eps);
-    for (int64_t done = 0; done < n; done += kPiece) {
-      piece.size = std::min(kPiece, n - done);
-      pieces.push_back(piece);
-      piece.param += kPiece;
-      piece.grad += kPiece;
-      piece.exp_avg += kPiece;
-      piece.exp_avg_sq += kPiece;
-      piece.copy += piece.copy ? kPiece : 0;
-    }
+    one.step.decay = static_cast<float>(1.0 - lr * weight_decay);
+    one.step.rest1 = static_cast<float>(1.0 - beta1);
+    one.step.beta2 = static_cast<float>(beta2);
+    one.step.rest2 = static_cast<float>(1.0 - beta2);
+    one.step.size = static_cast<float>(lr / (1.0 - std::pow(beta1, t)));
+    one.step.root_size = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
+    one.step.eps = static_cast<float>(eps);
+    one.first = total;
+    one.size = n;
+    total += n;
+    if (n > 0)
+      parameters.push_back(one);
   }
-  const auto kernel = cpu_kernels().adamw->step;
   for (const Tensor &step : steps)
     next_step(step, true); // only now that nothing is left to be refused
-  const int64_t number = static_cast<int64_t>(pieces.size());
-  torch::stable::parallel_for(0, number, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Piece &p = pieces[i];
-      kernel(p.param, p.grad, p.exp_avg, p.exp_avg_sq, p.copy, p.size, p.step);
-    }
-  });
+  torch::stable::parallel_for(0, total, kGrain,
+                              [&](int64_t begin, int64_t end) { update(parameters, begin, end); });
 }
 
 } // namespace
