@@ -38,7 +38,20 @@ def _cuda_state(build: dict[str, str]) -> str:
         return f"missing: {_library.WHY_NOT}"
     if build["cuda_runtime"] == "none":
         return "not built: nvcc was missing; set CUDA_HOME and reinstall"
-    state = f"built for {build['cuda_archs']} with CUDA {build['cuda_runtime']}, experimental"
+    state = f"built for {build['cuda_archs']} with CUDA {build['cuda_runtime']}"
+    return state + _of_a_gpu("cuda")
+
+
+def _triton_state() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return f"kernels for {len(dispatch.ops_with('triton'))} raw ops" + _of_a_gpu("triton")
+
+
+def _of_a_gpu(backend: str) -> str:
+    state = ""
+    if backend in dispatch.EXPERIMENTAL:
+        state = ", experimental: not chosen without FASTFORMER_EXPERIMENTAL=1"
     return state if torch.cuda.is_available() else f"{state}; no GPU here"
 
 
@@ -46,7 +59,6 @@ def describe() -> str:
     """Return the text that `fastformer info` prints."""
     build = _library.build_info()
     forced = os.environ.get("FASTFORMER_BACKEND", "not set")
-    has_triton = importlib.util.find_spec("triton") is not None
     rows = [
         ("fastformer", f"{_checkout.version()} ({_checkout.PACKAGE})"),
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
@@ -60,7 +72,7 @@ def describe() -> str:
     backends = [
         ("cpu", _cpu_state(build)),
         ("cuda", _cuda_state(build)),
-        ("triton", "no kernels in this version" if has_triton else "triton is not installed"),
+        ("triton", _triton_state()),
         ("reference", "ready, on every device"),
     ]
     lines = [f"{name:<12}{value}" for name, value in rows]

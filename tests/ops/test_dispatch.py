@@ -40,7 +40,7 @@ def test_explain_names_the_kernel_and_why_not_the_others():
     assert lines[0] == "dropout_mask: cpu (C++ kernels for the CPU)"
     assert "  not cuda: it takes cuda tensors, these are on cpu" in lines
     assert "  not triton: there is no triton kernel for dropout_mask in this version" in lines
-    assert "  not reference: cpu was measured faster here" in lines
+    assert "  not reference: cpu is preferred here" in lines
     assert len(lines) == len(dispatch.BACKENDS)
 
 
@@ -231,6 +231,31 @@ def test_a_wrong_environment_variable_is_an_error_at_import():
     done = python("import fastformer", FASTFORMER_BACKEND="trition")
     assert done.returncode == 1
     assert "FASTFORMER_BACKEND: unknown backend 'trition', did you mean 'triton'?" in done.stderr
+
+
+PRINT_FOR_A_GPU = """
+from fastformer.ops import dispatch
+print(dispatch.automatic("cuda")["layer_norm_fwd"])
+"""
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_experimental_kernels_are_passed_over(value):
+    done = python(PRINT_FOR_A_GPU, FASTFORMER_EXPERIMENTAL=value)
+    assert done.stdout.split() == ["reference"], done.stderr
+
+
+def test_experimental_kernels_can_be_allowed():
+    done = python(PRINT_FOR_A_GPU, FASTFORMER_EXPERIMENTAL="1")
+    assert done.stdout.strip() in dispatch.EXPERIMENTAL, done.stderr
+
+
+def test_explain_says_that_a_kernel_is_experimental(monkeypatch):
+    """On a machine with a GPU; elsewhere what it refuses comes first."""
+    kernel = dispatch.Kernel(lambda *args: None, lambda *args: None)
+    monkeypatch.setitem(dispatch._kernels["dropout_mask"], "triton", kernel)
+    text = str(ops.explain("dropout", torch.zeros(4, 16), 0.5, rng=RNG))
+    assert "  not triton: it has never run on a GPU; FASTFORMER_EXPERIMENTAL=1" in text
 
 
 def test_the_environment_variable_naming_an_impossible_backend_fails_at_the_call():
