@@ -1,15 +1,18 @@
 """Peak memory of one variant, measured in a process of its own.
 
     python -m benchmarks.memory <variant> <case> [--dropout P] [--threads N] [--infer]
+    python -m benchmarks.memory --all [--out FOLDER]
 
-prints by how many MB the resident memory of a steady step exceeds that before the first step, when
-the model, its data and an optimiser without state exist: activations, gradients, temporaries and
-the optimiser's state.
+The first prints by how many MB the resident memory of a steady step exceeds that before the first
+step, when the model, its data and an optimiser without state exist: activations, gradients,
+temporaries and the optimiser's state. The second makes a table of all variants that need no
+compiler, in memory.md and memory.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import warnings
@@ -17,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import CASES
+from benchmarks import report
+from benchmarks.cases import CASES, DEFAULT
 from benchmarks.harness import compiled
 from benchmarks.steps import VARIANTS, Trainer
 
@@ -65,16 +69,46 @@ def measure_peak(variant: str, case: str, dropout: float, learns: bool) -> float
     return _resident_mb("VmHWM") - before
 
 
+def measure_all(given: argparse.Namespace) -> None:
+    """Print the table of all cases; write it, and the JSON, into the folder that was given."""
+    names = [n for n, v in VARIANTS.items() if v.kind != "gemm" and not v.compile]
+    peaks: dict[str, dict[str, float]] = {}
+    for case in DEFAULT:
+        found = {n: peak_mb(n, case, given.dropout, not given.infer) for n in names}
+        peaks[case] = {name: peak for name, peak in found.items() if peak is not None}
+    rows = [
+        [case, *(f"{found[n]:.0f}" if n in found else "failed" for n in names)]
+        for case, found in peaks.items()
+    ]
+    table = report.markdown(["case", *names], rows)
+    print(table)
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        title = "## Peak memory of a forward pass" if given.infer else "## Peak memory of a step"
+        text = f"{title}, in MB beyond model and data\n\n{table}\n"
+        (given.out / "memory.md").write_text(text)
+        facts = {"machine": report.machine(), "versions": report.versions()}
+        record = {"peak_mb": peaks, "dropout": given.dropout, **facts}
+        (given.out / "memory.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
-    parser.add_argument("variant", choices=VARIANTS)
-    parser.add_argument("case", choices=CASES)
+    parser.add_argument("variant", choices=VARIANTS, nargs="?")
+    parser.add_argument("case", choices=CASES, nargs="?")
+    parser.add_argument("--all", action="store_true", help="every variant and usual case")
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--infer", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder for the table and the JSON of --all")
     given = parser.parse_args()
+    if given.all == (given.case is not None):
+        parser.error("name a variant and a case, or give --all")
     torch.set_num_threads(given.threads)
-    print(measure_peak(given.variant, given.case, given.dropout, not given.infer))
+    if given.all:
+        measure_all(given)
+    else:
+        print(measure_peak(given.variant, given.case, given.dropout, not given.infer))
 
 
 if __name__ == "__main__":
