@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test bench lint format gpu-test clean
+.PHONY: help install train test bench lint format gpu-build gpu-test gpu-bench gpu-sanitize clean
 
 help:
 	@echo "make train      install into $(VENV), train a GPT on text that ships with Python, sample from it"
@@ -17,6 +17,8 @@ help:
 	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make format     let ruff and clang-format rewrite what they would complain about"
 	@echo "make gpu-test   build in place with $(GPU_PYTHON) (torch and nvcc present, no network), run pytest -m gpu"
+	@echo "make gpu-bench  the same build, then all benchmarks for a GPU in eight minutes"
+	@echo "make gpu-sanitize  the same build, then the kernels' tests under compute-sanitizer"
 	@echo "make clean      remove what was built, keep $(VENV)"
 
 $(BIN)/python:
@@ -57,9 +59,20 @@ format: $(VENV)/.requirements
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(NATIVE)
 
-gpu-test:
+gpu-build:
 	@FASTFORMER_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: gpu-build
 	@$(GPU_PYTHON) -m pytest -q -m gpu
+
+gpu-bench: gpu-build
+	@FASTFORMER_EXPERIMENTAL=1 $(GPU_PYTHON) -m benchmarks.gpu
+
+# Of each kind of error: memory, races in shared memory, barriers. The kernels' own tests suffice.
+gpu-sanitize: gpu-build
+	@for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -m gpu tests/ptx || exit 1; \
+	done
 
 clean:
 	@rm -rf build dist *.egg-info fastformer/_C.so $(VENV)/.installed

@@ -88,6 +88,8 @@ def _run(case: TrainingCase, settings: Settings) -> list[Row]:
 
 
 def _cases(options: Options) -> list[Case]:
+    if options.on_gpu:  # where the step is torch's own
+        return []
     variants = (OURS, "eager", "fused", "compile")
     return [
         Case(name, (name,), variants, partial(_run, CASES[name]))

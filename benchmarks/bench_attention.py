@@ -12,11 +12,25 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastformer
 from benchmarks.cases import TrainingCase
 from benchmarks.command import main
+from benchmarks.gate import Function
 from benchmarks.ops import SHAPES, Operation, op_benchmark
+
+try:
+    from flash_attn import flash_attn_qkvpacked_func
+except ImportError:
+    flash_attn_qkvpacked_func = None
+
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 def _ours(qkv: Tensor, *, causal: bool, key_lengths: Tensor | None) -> Tensor:
@@ -36,6 +50,29 @@ def _naive(qkv: Tensor, *, mask: Tensor | None) -> Tensor:
     return (F.softmax(scores, dim=-1) @ v).transpose(1, 2)
 
 
+def _sdpa(backend: SDPBackend, **options: object) -> Function:
+    def run(qkv: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return _eager(qkv, **options)
+
+    return run
+
+
+def _flash_attn(qkv: Tensor, *, causal: bool) -> Tensor:
+    return flash_attn_qkvpacked_func(qkv, causal=causal)
+
+
+def _libraries(causal: bool, mask: Tensor | None, dtype: torch.dtype) -> dict[str, Function]:
+    """On a GPU flash-attn and every backend of SDPA, which does not always choose the fastest."""
+    if torch.get_default_device().type != "cuda":
+        return {}
+    options = {"causal": causal, "mask": mask}
+    found = {f"sdpa-{name}": _sdpa(backend, **options) for name, backend in SDPA.items()}
+    if flash_attn_qkvpacked_func and mask is None and dtype != torch.float32:
+        found["flash-attn"] = partial(_flash_attn, causal=causal)
+    return found
+
+
 def _attention(case: TrainingCase, dtype: torch.dtype) -> Operation:
     B, T, H, D = case.B, case.T, case.config.heads, case.D
     causal, key_lengths = case.config.causal, case.batch().key_lengths
@@ -49,6 +86,9 @@ def _attention(case: TrainingCase, dtype: torch.dtype) -> Operation:
         partial(_ours, causal=causal, key_lengths=key_lengths),
         partial(_eager, causal=causal, mask=mask),
         {"naive": partial(_naive, mask=visible)},
+        _libraries(causal, mask, dtype),
+        flop=4.0 * B * H * T * T * D / (2 if causal else 1),
+        more=3.5,  # five products in backward
     )
 
 

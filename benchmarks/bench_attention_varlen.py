@@ -44,7 +44,7 @@ def _loop(qkv: Tensor, *, lengths: list[int], causal: bool) -> Tensor:
 
 
 def _attention(case: TrainingCase, dtype: torch.dtype) -> Operation:
-    lengths = random_lengths(case, torch.Generator().manual_seed(1))
+    lengths = random_lengths(case, torch.Generator(torch.get_default_device()).manual_seed(1))
     inside = torch.arange(case.T) < lengths[:, None]
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest, causal = int(lengths.max()), case.config.causal

@@ -21,7 +21,12 @@ def _linear(case: TrainingCase, dtype: torch.dtype) -> Operation:
     ours = getattr(ops, "linear", None)
     if ours is None:
         raise Unavailable("this version has no fastformer.ops.linear")
-    return Operation({n: v.to(dtype) for n, v in values.items()}, ours, F.linear)
+    return Operation(
+        {n: v.to(dtype) for n, v in values.items()},
+        ours,
+        F.linear,
+        flop=6.0 * case.B * case.T * case.C**2,
+    )
 
 
 BENCHMARK = op_benchmark("linear", "Linear layer (queries, keys and values)", {"linear": _linear})

@@ -44,6 +44,7 @@ def _head(case: TrainingCase, dtype: torch.dtype) -> Operation:
         partial(_ours, targets=targets),
         eager,
         {} if eager is naive else {"naive": naive},
+        flop=2.0 * float(counted.sum()) * case.C * case.V,
     )
 
 

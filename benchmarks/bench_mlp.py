@@ -29,7 +29,12 @@ def _mlp(case: TrainingCase, dtype: torch.dtype) -> Operation:
     # Activations of order one, as in a model.
     values["w1"] *= C**-0.5
     values["w2"] *= hidden**-0.5
-    return Operation({n: v.to(dtype) for n, v in values.items()}, fastformer.mlp, _eager)
+    return Operation(
+        {n: v.to(dtype) for n, v in values.items()},
+        fastformer.mlp,
+        _eager,
+        flop=4.0 * case.B * case.T * C * hidden,
+    )
 
 
 BENCHMARK = op_benchmark("mlp", "MLP: linear, GELU, linear", {"mlp": _mlp})

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastformer.presets import MODELS, build_config
 from fastformer.transformer import BERT, GPT, IGNORE_INDEX, ImageConfig, TextConfig, ViT
 
+GPU_BACKENDS = ("triton", "cuda")  # which are also timed on their own there
 MASKED = 0.15  # the share of its tokens that BERT predicts
 
 
@@ -31,7 +32,8 @@ class Batch:
         """Which tokens (B, T) are no padding; None where none is."""
         if self.key_lengths is None:
             return None
-        return torch.arange(self.inputs.shape[1]) < self.key_lengths[:, None]
+        tokens = torch.arange(self.inputs.shape[1], device=self.inputs.device)
+        return tokens < self.key_lengths[:, None]
 
     @property
     def counted(self) -> Tensor:
@@ -73,8 +75,8 @@ class TrainingCase:
         return MODELS[self.kind](config)  # type: ignore[arg-type]
 
     def batch(self) -> Batch:
-        """Random data, the same at every call."""
-        draw = torch.Generator().manual_seed(1)
+        """Random data on torch's default device, the same at every call."""
+        draw = torch.Generator(torch.get_default_device()).manual_seed(1)
         if isinstance(self.config, ImageConfig):
             size = self.config.image_size
             images = torch.randn(self.B, self.config.channels, size, size, generator=draw)
@@ -107,8 +109,15 @@ def _bert(name: str, B: int, T: int, padded: bool = False) -> TrainingCase:
     return TrainingCase(name, "bert", build_config("bert-7.7m", max_tokens=T), B, padded)
 
 
+def _base(layers: int = 12) -> dict[str, int]:
+    return {"dim": 768, "layers": layers, "heads": 12, "hidden_dim": 3072}
+
+
 _SMALL = {"dim": 384, "layers": 6, "heads": 6, "hidden_dim": 1536}
 _BLOCK = {"dim": 768, "layers": 1, "heads": 12, "hidden_dim": 3072}
+
+_WORDS = {"vocab_size": 30522}
+_PHOTOS = {"image_size": 224, "patch_size": 16, "num_classes": 1000}
 
 _CASES = (
     _bert("bert-7.7m", B=150, T=20),
@@ -120,7 +129,19 @@ _CASES = (
     _gpt("gpt2-block", B=1, T=1024, vocab_size=64, **_BLOCK),
     _bert("bert-7.7m-padded", B=64, T=64, padded=True),
 )
-CASES = {case.name: case for case in _CASES}
+# For a GPU: published sizes, and what courses train from scratch, with batches that fill it. All
+# are pre-norm with an untied head, whatever the published model is, so that the rivals hold them.
+_GPU_CASES = (
+    TrainingCase("bert-base-t128", "bert", TextConfig(**_base(), max_tokens=128, **_WORDS), 256),
+    TrainingCase("bert-base-t512", "bert", TextConfig(**_base(), max_tokens=512, **_WORDS), 64),
+    _gpt("gpt2", B=32, T=1024, vocab_size=50257, **_base()),
+    TrainingCase("vit-b16", "vit", ImageConfig(**_base(), **_PHOTOS), 256),
+    TrainingCase("bert-7.7m-t20", "bert", build_config("bert-7.7m"), 4096),
+    TrainingCase("gpt-63.5m", "gpt", build_config("gpt-63.5m", qkv_bias=True), 256),
+    TrainingCase("vit-43m", "vit", build_config("vit-43m"), 256),
+)
+CASES = {case.name: case for case in (*_CASES, *_GPU_CASES)}
 # What runs where no case is named: all without padding.
 DEFAULT = tuple(case.name for case in _CASES if not case.padded)
+GPU = tuple(case.name for case in _GPU_CASES)
 SMALLEST = "bert-7.7m"

@@ -26,6 +26,7 @@ def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cases", type=_case_names, default=(), help=f"of {', '.join(CASES)}, with commas")
     add("--rounds", type=int, default=benchmark.settings.rounds, help="samples of each variant")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: at the sizes for a GPU")
     add("--threads", type=int, help="of torch (default: its own choice)")
     add("--json", type=Path, help="write the figures to this file too")
     add("--out", type=Path, help="folder of table, JSON and chart (default: benchmarks/results)")
@@ -52,6 +53,13 @@ def _case_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _usual_folder(device: str) -> Path:
+    """The results of each GPU lie in a folder of their own."""
+    if device == "cpu":
+        return RESULTS
+    return RESULTS / torch.cuda.get_device_name().lower().replace(" ", "-")
+
+
 def _use_allocator(name: str) -> None:
     """Start again with the environment that glibc reads only at the start of a process."""
     if name == "raised" and report.allocator() != name:
@@ -65,15 +73,23 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> None:
     _use_allocator(given.allocator)
     if given.threads:
         torch.set_num_threads(given.threads)
-    settings = replace(benchmark.settings, rounds=given.rounds, compile=given.compile)
-    names, folder = given.cases, given.out or RESULTS
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: this machine has no NVIDIA GPU, or torch is a CPU build")
+    settings = replace(
+        benchmark.settings, rounds=given.rounds, compile=given.compile, device=given.device
+    )
+    names, folder = given.cases, given.out or _usual_folder(given.device)
     if given.quick:
         # Its figures mean nothing, so that they must not replace measured ones.
-        settings, names, folder = QUICK, names or (SMALLEST,), given.out
-    options = Options(cases=names)
+        settings = replace(QUICK, device=given.device)
+        names, folder = names or (SMALLEST,), given.out
+    options = Options(cases=names, on_gpu=given.device == "cuda")
     if benchmark.of_models:
-        options = Options(
-            names, given.dropout, given.precision, memory=given.memory and not given.quick
+        options = replace(
+            options,
+            dropout=given.dropout,
+            precision=given.precision,
+            memory=given.memory and not given.quick,
         )
     rows: list[Row] = []
     wrong = []

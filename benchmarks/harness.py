@@ -32,15 +32,31 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 class Settings:
     """How long to measure: samples per variant and the milliseconds that one should last.
 
-    With `sample_ms` 0 a sample is one call.
+    With `sample_ms` 0 a sample is one call. `device` is "cpu" or "cuda".
     """
 
     rounds: int = 7
     sample_ms: float = 20.0
     compile: bool = True
+    device: str = "cpu"
 
 
 QUICK = Settings(rounds=1, sample_ms=0.0, compile=False)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an op has to do at least: its floating-point operations, and the bytes it has to move.
+
+    Each input and each result counts once, whatever a kernel makes of it.
+    """
+
+    flop: float
+    bytes: float
+
+    def rates(self, ms: float) -> tuple[float, float]:
+        """TFLOP/s and TB/s of doing it in `ms` milliseconds."""
+        return self.flop / ms / 1e9, self.bytes / ms / 1e9
 
 
 @dataclass
@@ -53,6 +69,7 @@ class Row:
     disturbed: int = 0
     dropout: float = 0.0
     peak_mb: dict[str, float] = field(default_factory=dict)
+    work: Work | None = None
 
     @property
     def ms(self) -> dict[str, float]:
@@ -88,6 +105,7 @@ class Options:
     """What to cover: cases by name (none: the usual ones), and how whole models are run."""
 
     cases: tuple[str, ...] = ()
+    on_gpu: bool = False
     dropout: float = 0.0
     precision: str = "both"
     memory: bool = False
@@ -141,13 +159,18 @@ def _own_seconds() -> float:
     return sum(os.times()[:2]) + ticks / _TICKS
 
 
-def _sample(run: Variant, iterations: int) -> tuple[float, bool]:
+def _sample(run: Variant, iterations: int, device: str = "cpu") -> tuple[float, bool]:
     """Milliseconds per call, and whether other processes disturbed it."""
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    wait()
     busy, own = _busy_seconds(), _own_seconds()
     start = time.perf_counter()
     for _ in range(iterations):
         run()
+    wait()
     seconds = time.perf_counter() - start
+    if device != "cpu":
+        return 1e3 * seconds / iterations, False  # the CPU is not what was measured
     others = (_busy_seconds() - busy) - (_own_seconds() - own)
     disturbed = others > _TOLERATED_SHARE * seconds + _TOLERATED_SECONDS
     return 1e3 * seconds / iterations, disturbed
@@ -174,7 +197,7 @@ def measure(
                 raise
             failed[name] = first_line(error)
             continue
-        ms = _sample(run, 1)[0] if settings.sample_ms else 1.0
+        ms = _sample(run, 1, settings.device)[0] if settings.sample_ms else 1.0
         iterations[name] = max(1, round(settings.sample_ms / max(ms, 1e-3)))
     names = list(iterations)
     row = Row(case, {name: [] for name in names}, failed)
@@ -184,10 +207,10 @@ def measure(
         for turn in range(settings.rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                ms, disturbed = _sample(variants[name], iterations[name])
+                ms, disturbed = _sample(variants[name], iterations[name], settings.device)
                 while disturbed and repeats:
                     repeats -= 1
-                    ms, disturbed = _sample(variants[name], iterations[name])
+                    ms, disturbed = _sample(variants[name], iterations[name], settings.device)
                 row.disturbed += disturbed
                 row.samples[name].append(ms)
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.cases import CASES, DEFAULT, TrainingCase
+from benchmarks.cases import CASES, DEFAULT, GPU, TrainingCase
 from benchmarks.gate import WrongResult
 from benchmarks.harness import (
     OURS,
@@ -48,10 +48,15 @@ def chosen(options: Options, compile: bool) -> dict[str, Variant]:
 
 def _run(case: TrainingCase, options: Options, learns: bool, settings: Settings) -> list[Row]:
     failed: dict[str, str] = {}
+    device = settings.device
+
+    def job(name: str) -> Job:
+        return Job(name, case, options.dropout, learns, device)
+
     with ExitStack() as stack:
         true = Path(stack.enter_context(TemporaryDirectory())) / "naive.pt"
         workers = {
-            name: stack.enter_context(Worker(Job(name, case, options.dropout, learns)))
+            name: stack.enter_context(Worker(job(name)))
             for name in chosen(options, settings.compile)
         }
         workers["naive"].save_results(true)
@@ -66,8 +71,11 @@ def _run(case: TrainingCase, options: Options, learns: bool, settings: Settings)
                 failed[name] = first_line(error) if wrong else str(error)
                 del workers[name]
         row = measure(case.name, {n: w.run for n, w in workers.items()}, settings, failed)
+        if options.memory and device == "cuda":
+            with_memory = (n for n in row.samples if VARIANTS[n].kind != "gemm")
+            row.peak_mb = {name: workers[name].gpu_peak_mb() for name in with_memory}
     row.dropout = options.dropout
-    if options.memory:
+    if options.memory and device == "cpu":
         for name in row.samples:
             if VARIANTS[name].kind != "gemm":
                 peak = peak_mb(name, case.name, options.dropout, learns)
@@ -78,7 +86,7 @@ def _run(case: TrainingCase, options: Options, learns: bool, settings: Settings)
 def model_cases(learns: bool, options: Options) -> list[Case]:
     return [
         Case(name, (name,), tuple(VARIANTS), partial(_run, CASES[name], options, learns))
-        for name in options.cases or DEFAULT
+        for name in options.cases or (GPU if options.on_gpu else DEFAULT)
     ]
 
 

@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import fastformer
 from benchmarks import cases, report
 from benchmarks.cases import TrainingCase
-from benchmarks.gate import Function, check_op
+from benchmarks.gate import Function, WrongResult, check_op
 from benchmarks.harness import (
     OURS,
     Benchmark,
@@ -20,7 +21,9 @@ from benchmarks.harness import (
     Row,
     Settings,
     Variant,
+    Work,
     compiled,
+    first_line,
     forget_compiled,
     measure,
 )
@@ -34,20 +37,33 @@ SHAPES = tuple(name for name in cases.DEFAULT if name != "gpt-384-v50k")
 class Operation:
     """An op on inputs that all have gradients: ours, eager code and what else competes with it.
 
-    `gated`: it was checked already, by a rule of its own.
+    `libraries` are rivals that nobody compiles. `gated`: it was checked already, by a rule of its
+    own. `flop` are the floating-point operations of the forward pass, `more` how many times as many
+    both passes have.
     """
 
     values: dict[str, Tensor]
     ours: Function
     eager: Function
     others: dict[str, Function] = field(default_factory=dict)
+    libraries: dict[str, Function] = field(default_factory=dict)
     gated: bool = False
+    flop: float = 0.0
+    more: float = 3.0
 
     def variants(self, compile: bool) -> dict[str, Function]:
         rivals = {"eager": self.eager, **self.others}
         if compile:
             rivals |= {compiled_name(name): compiled(f) for name, f in rivals.items()}
-        return {OURS: self.ours, **rivals}
+        return {OURS: self.ours, **rivals, **self.libraries}
+
+    def work(self, outputs: tuple[Tensor, ...]) -> tuple[Work, Work]:
+        """Of both passes and of forward; backward reads inputs and upstream, writes gradients."""
+        inputs = sum(t.numel() * t.element_size() for t in self.values.values())
+        results = sum(t.numel() * t.element_size() for t in outputs)
+        forward = inputs + results
+        both = forward + inputs + results + inputs
+        return Work(self.more * self.flop, both), Work(self.flop, forward)
 
 
 Build = Callable[[TrainingCase, torch.dtype], Operation]
@@ -77,13 +93,37 @@ def _both_ways(function: Function, values: dict[str, Tensor], upstream: list[Ten
     return run
 
 
+def _forced(backend: str, run: Variant) -> Variant:
+    def forced() -> None:
+        with fastformer.backend(backend):
+            run()
+
+    return forced
+
+
+def _check_backends(
+    operation: Operation, upstream: list[Tensor], device: str
+) -> tuple[list[str], dict[str, str]]:
+    """The backends for a GPU that may be timed on their own, and why others may not."""
+    passed, failed = [], {}
+    for backend in cases.GPU_BACKENDS if device == "cuda" else ():
+        try:
+            with fastformer.backend(backend):
+                check_op(operation.ours, operation.eager, operation.values, upstream)
+            passed.append(backend)
+        except (WrongResult, RuntimeError) as error:
+            failed[backend] = first_line(error)
+    return passed, failed
+
+
 def _run(
     build: Build, shape: TrainingCase, dtype: torch.dtype, name: str, settings: Settings
 ) -> list[Row]:
     if settings.compile:
         forget_compiled()
     torch.manual_seed(0)
-    operation = build(shape, dtype)
+    with torch.device(settings.device):
+        operation = build(shape, dtype)
     values = operation.values
     with torch.no_grad():
         outputs = operation.eager(**values)
@@ -92,13 +132,18 @@ def _run(
     upstream = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
     if not operation.gated:
         check_op(operation.ours, operation.eager, values, upstream)
+    backends, failed = _check_backends(operation, upstream, settings.device)
     functions = operation.variants(settings.compile)
     trained = {n: _both_ways(f, values, upstream) for n, f in functions.items()}
     inferred = {n: _forward(f, values) for n, f in functions.items()}
-    return [
-        measure(row, variants, settings)
-        for row, variants in zip(_rows(name), (trained, inferred), strict=True)
-    ]
+    rows = []
+    for row, variants, work in zip(
+        _rows(name), (trained, inferred), operation.work(outputs), strict=True
+    ):
+        variants |= {backend: _forced(backend, variants[OURS]) for backend in backends}
+        rows.append(measure(row, variants, settings, failed))
+        rows[-1].work = work if settings.device == "cuda" else None
+    return rows
 
 
 def _rows(name: str) -> tuple[str, str]:
@@ -111,11 +156,14 @@ def op_cases(
     """A case per op, shape and dtype, with a row for both passes and one for forward alone."""
     rivals = ("eager", *others)
     variants = (OURS, *rivals, *map(compiled_name, rivals))
+    dtypes = tuple(DTYPES)
+    if options.on_gpu:
+        shapes, dtypes = cases.GPU, ("bfloat16",)
 
     def all_cases() -> Iterator[Case]:
         for op, build in builds.items():
             for shape in options.cases or shapes:
-                for dtype in DTYPES:
+                for dtype in dtypes:
                     name = " ".join(([op] if len(builds) > 1 else []) + [shape, dtype])
                     run = partial(_run, build, cases.CASES[shape], DTYPES[dtype], name)
                     yield Case(name, _rows(name), variants, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 import fastformer
+from benchmarks.cases import GPU_BACKENDS
 from benchmarks.harness import OURS, Benchmark, Row
 
 # glibc returns freed blocks of these sizes to the system, and page faults follow; raised, it keeps
@@ -67,32 +69,55 @@ def best(row: Row, names: Iterable[str]) -> str | None:
     return min((name for name in names if name in row.samples), key=row.ms.get, default=None)
 
 
+def _op_rivals(row: Row) -> list[str]:
+    return [name for name in row.samples if name not in (OURS, *GPU_BACKENDS)]
+
+
+def rates(row: Row) -> tuple[float, float] | None:
+    """TFLOP/s and TB/s of the fastest of our kernels, where the work is known."""
+    fastest = best(row, (OURS, *GPU_BACKENDS))
+    if row.work is None or fastest is None:
+        return None
+    return row.work.rates(row.ms[fastest])
+
+
 def op_table(rows: list[Row]) -> str:
-    """How many times as fast as the best and as each rival an op is, then the milliseconds."""
+    """How many times as fast as the best and as each rival an op is, then the milliseconds.
+
+    On a GPU also what the fastest of our kernels gets out of it.
+    """
     names = variants_of(rows)
-    rivals = [name for name in names if name != OURS]
-    head = ["case", "vs best", *(f"vs {name}" for name in rivals), *(f"{n} ms" for n in names)]
-    cells = [
-        [
-            row.case,
-            times(row.ratio(best(row, rivals))),
-            *(times(row.ratio(rival)) for rival in rivals),
-            *(ms_cell(row, name) for name in names),
-        ]
-        for row in rows
-    ]
+    rivals = [name for name in names if name not in (OURS, *GPU_BACKENDS)]
+    has_rates = any(row.work for row in rows)
+    head = ["case", "vs best", *(f"vs {name}" for name in rivals)]
+    head += ["TFLOP/s", "TB/s"] if has_rates else []
+    head += [f"{name} ms" for name in names]
+    cells = []
+    for row in rows:
+        found = rates(row) or ()
+        cells.append(
+            [
+                row.case,
+                times(row.ratio(best(row, rivals))),
+                *(times(row.ratio(rival)) for rival in rivals),
+                *([f"{rate:.3g}" for rate in found] if found else [""] * 2 * has_rates),
+                *(ms_cell(row, name) for name in names),
+            ]
+        )
     return markdown(head, cells)
 
 
 def op_record(row: Row) -> dict[str, Any]:
-    rivals = [name for name in row.samples if name != OURS]
+    rivals = _op_rivals(row)
     ratios = {f"vs_{name}": row.ratio(name) for name in rivals}
     fastest = best(row, rivals)
+    found = rates(row)
     return {
         "case": row.case,
         "vs_best": row.ratio(fastest),
         **ratios,
         "best": fastest,
+        **({} if found is None else {"tflops": found[0], "tb_per_s": found[1]}),
         "ms": row.ms,
     }
 
@@ -180,14 +205,19 @@ def _bars(axes: Any, rows: list[Row], names: list[str], baseline: str, bars: dic
 def chart(rows: list[Row], title: str, path: Path) -> None:
     """Horizontal bars: how many times as fast as eager each variant of each case is.
 
-    Without eager, which a precision of bfloat16 alone leaves out, naive is the measure.
+    Without eager, which a precision of bfloat16 alone leaves out, naive is the measure. Where there
+    is neither, or no matplotlib, there is no chart.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        return
     # Figure, not pyplot: nothing global is touched and no display is asked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     baseline = "eager" if any("eager" in row.samples for row in rows) else "naive"
     rows = [row for row in rows if baseline in row.samples]
+    if not rows:
+        return
     names = [name for name in variants_of(rows) if name != baseline]
     half = (len(rows) + 1) // 2
     panels = [rows[:half], rows[half:]] if len(rows) > 2 else [rows]

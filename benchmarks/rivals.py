@@ -92,7 +92,7 @@ class TextEmbedding(nn.Module):
         self.position = nn.Embedding(config.max_tokens, config.dim)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.token(ids) + self.position(torch.arange(ids.shape[1]))
+        return self.token(ids) + self.position(torch.arange(ids.shape[1], device=ids.device))
 
 
 class ImageEmbedding(nn.Module):
@@ -134,7 +134,8 @@ class Rival(nn.Module):
         x = self.dropout(self.embedding(inputs))
         mask = None
         if key_lengths is not None:
-            mask = (torch.arange(x.shape[1]) < key_lengths[:, None])[:, None, None]
+            tokens = torch.arange(x.shape[1], device=x.device)
+            mask = (tokens < key_lengths[:, None])[:, None, None]
         for block in self.blocks:
             x = block(x, mask)
         if self.is_image:

@@ -55,7 +55,10 @@ def _optimizer(variant: Variant, model: nn.Module) -> torch.optim.Optimizer:
     """Torch's default for naive code, its fused one for experts, ours with copies for autocast."""
     if variant.kind == "ours":
         copies = torch.bfloat16 if variant.dtype == torch.bfloat16 else None
-        return fastformer.AdamW(model.parameters(), lr=1e-4, low_precision_copies=copies)
+        fused = next(model.parameters()).is_cuda or None  # there the step is torch's
+        return fastformer.AdamW(
+            model.parameters(), lr=1e-4, fused=fused, low_precision_copies=copies
+        )
     return torch.optim.AdamW(
         model.parameters(), lr=1e-4, fused=None if variant.kind == "naive" else True
     )
@@ -65,14 +68,22 @@ class Trainer:
     """One variant with its batch; `step` trains it once, `infer` returns the logits."""
 
     def __init__(
-        self, variant: Variant, case: TrainingCase, *, dropout: float = 0.0, learns: bool = True
+        self,
+        variant: Variant,
+        case: TrainingCase,
+        *,
+        dropout: float = 0.0,
+        learns: bool = True,
+        device: str = "cpu",
     ) -> None:
-        ours = case.model(dropout)
-        self.variant, self.batch, self.dropout = variant, case.batch(), dropout
-        self.model: nn.Module = ours
-        if variant.kind != "ours":
-            self.model = Rival(ours.config, naive=variant.kind == "naive")
-            load_ours(self.model, ours.state_dict())
+        self.variant, self.dropout, self.device = variant, dropout, device
+        with torch.device(device):
+            ours = case.model(dropout)
+            self.batch = case.batch()
+            self.model: nn.Module = ours
+            if variant.kind != "ours":
+                self.model = Rival(ours.config, naive=variant.kind == "naive")
+                load_ours(self.model, ours.state_dict())
         self.model.train(learns)
         self.optimizer = _optimizer(variant, self.model) if learns else None
         self._call = compiled(self.model) if variant.compile else self.model
@@ -81,7 +92,7 @@ class Trainer:
 
     def _run(self, *inputs: Tensor) -> Tensor:
         bfloat16 = self.variant.dtype == torch.bfloat16
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(self.device, torch.bfloat16, enabled=bfloat16):
             return self._call(*inputs, **self._options)
 
     def step(self) -> None:
@@ -115,20 +126,27 @@ class LinearProducts:
     only. The patches of an image are a linear layer whose input has no gradient.
     """
 
-    def __init__(self, dtype: torch.dtype, case: TrainingCase, *, learns: bool = True) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        case: TrainingCase,
+        *,
+        learns: bool = True,
+        device: str = "cpu",
+    ) -> None:
         self.learns, self.layers = learns, []
         buffers: dict[tuple[int, int], Tensor] = {}
 
         def buffer(*shape: int) -> Tensor:
             # Activations of one shape share memory; weights do not, as in a model.
             if shape not in buffers:
-                buffers[shape] = torch.randn(shape).to(dtype)
+                buffers[shape] = torch.randn(shape, device=device).to(dtype)
             return buffers[shape]
 
         for rows, inputs, outputs, input_learns in linear_layers(case, learns):
-            weight = torch.randn(outputs, inputs).to(dtype)
+            weight = torch.randn(outputs, inputs, device=device).to(dtype)
             grad_weight = torch.empty_like(weight) if learns else None
-            grad_x = torch.empty(rows, inputs, dtype=dtype) if input_learns else None
+            grad_x = torch.empty_like(buffer(rows, inputs)) if input_learns else None
             x, out = buffer(rows, inputs), buffer(rows, outputs)
             self.layers.append((x, weight, out, grad_x, grad_weight))
 

@@ -33,6 +33,7 @@ class Job:
     case: TrainingCase
     dropout: float = 0.0
     learns: bool = True
+    device: str = "cpu"
 
 
 class Worker:
@@ -75,14 +76,19 @@ class Worker:
         """Take one step, or infer once."""
         self._ask("run")
 
-    def _ask(self, request: str, *arguments: Any) -> None:
+    def gpu_peak_mb(self) -> float:
+        """By how much the memory of one run exceeds that before the first one."""
+        return self._ask("gpu_peak_mb")
+
+    def _ask(self, request: str, *arguments: Any) -> Any:
         try:
             self._connection.send((request, arguments))
-            error = self._connection.recv()
+            answer = self._connection.recv()
         except (EOFError, OSError):  # an OSError too where we have closed it ourselves
             raise RuntimeError(f"its process ended, exit code {self._process.exitcode}") from None
-        if error is not None:
-            raise error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 class Served:
@@ -90,13 +96,19 @@ class Served:
 
     def __init__(self, job: Job) -> None:
         variant = VARIANTS[job.variant]
-        self._dtype, self._learns = variant.dtype, job.learns
+        self._dtype, self._learns, self._device = variant.dtype, job.learns, job.device
         self._trainer: Trainer | None = None
         self._run: Callable[[], object]
         if variant.kind == "gemm":
-            self._run = LinearProducts(variant.dtype, job.case, learns=job.learns).run
+            self._run = LinearProducts(
+                variant.dtype, job.case, learns=job.learns, device=job.device
+            ).run
             return
-        trainer = Trainer(variant, job.case, dropout=job.dropout, learns=job.learns)
+        trainer = Trainer(
+            variant, job.case, dropout=job.dropout, learns=job.learns, device=job.device
+        )
+        if job.device == "cuda":
+            self._first_mb = torch.cuda.memory_allocated() / 2**20
         self._run = trainer.step if job.learns else trainer.infer
         self._trainer = trainer
 
@@ -121,6 +133,13 @@ class Served:
             gc.collect()
             gc.disable()
         self._run()
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+    def gpu_peak_mb(self) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        self.run()
+        return torch.cuda.max_memory_allocated() / 2**20 - self._first_mb
 
 
 def _serve(connection: Connection, job: Job, threads: int) -> None:
@@ -133,16 +152,15 @@ def _serve(connection: Connection, job: Job, threads: int) -> None:
             request, arguments = connection.recv()
         except EOFError:
             return
-        error: Exception | None = None
         try:
             if served is None:
                 served = Served(job)
-            getattr(served, request)(*arguments)
+            answer = getattr(served, request)(*arguments)
         except WrongResult as wrong:
-            error = wrong
+            answer = wrong
         except Exception as other:  # may be one that cannot be sent
-            error = RuntimeError(first_line(other))
+            answer = RuntimeError(first_line(other))
         try:
-            connection.send(error)
+            connection.send(answer)
         except OSError:  # nobody waits for it any more
             return

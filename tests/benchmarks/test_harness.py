@@ -31,7 +31,12 @@ def test_variants_take_turns_and_another_one_begins_each_round() -> None:
 
 def test_a_sample_is_long_enough_and_counted_per_call(monkeypatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(harness, "_sample", lambda run, n: (calls.append(n), (0.5, False))[1])
+
+    def sample(run, iterations, device):
+        calls.append(iterations)
+        return 0.5, False
+
+    monkeypatch.setattr(harness, "_sample", sample)
     row = measure("x", {OURS: lambda: None}, Settings(rounds=2, sample_ms=20.0))
     assert calls == [1, 40, 40]
     assert row.ms == {OURS: 0.5}
@@ -40,7 +45,7 @@ def test_a_sample_is_long_enough_and_counted_per_call(monkeypatch) -> None:
 def test_disturbed_samples_are_taken_again_but_not_for_ever(monkeypatch) -> None:
     taken: list[int] = []
 
-    def sample(run, iterations):
+    def sample(run, iterations, device):
         taken.append(iterations)
         return 1.0, True
 

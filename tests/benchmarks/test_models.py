@@ -228,3 +228,22 @@ def test_the_record_of_known_times() -> None:
     assert (found["vs_best"], found["best"]) == (2.5, "compile-eager-bf16")
     assert (found["vs_eager_fp32"], found["best_fp32"]) == (2.0, "compile-eager")
     assert found["gemm_share_fp32"] == found["gemm_share_bf16"] == 0.75
+
+
+def test_memory_of_all_cases_makes_a_table(monkeypatch, tmp_path, capsys) -> None:
+    peaks = {"fastformer": 10.0, "naive": 30.0}
+    monkeypatch.setattr(memory, "DEFAULT", ("tiny-gpt",))
+    monkeypatch.setattr(memory, "peak_mb", lambda name, *rest: peaks.get(name))
+    monkeypatch.setattr("sys.argv", ["memory", "--all", "--out", str(tmp_path)])
+    memory.main()
+    row = next(line for line in capsys.readouterr().out.splitlines() if "tiny-gpt" in line)
+    assert [cell.strip() for cell in row.split("|")[2:5]] == ["10", "failed", "30"]
+    assert json.loads((tmp_path / "memory.json").read_text())["peak_mb"] == {"tiny-gpt": peaks}
+    assert row in (tmp_path / "memory.md").read_text()
+
+
+def test_memory_wants_a_case_or_all(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["memory", "eager"])
+    with pytest.raises(SystemExit):
+        memory.main()
+    assert "name a variant and a case, or give --all" in capsys.readouterr().err

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import fastformer
-from benchmarks import bench_dropout, bench_layer_norm
+from benchmarks import bench_ceilings, bench_dropout, bench_layer_norm, cases, ops, report
 from benchmarks.command import main
 from benchmarks.gate import WrongResult, check_op
+from benchmarks.harness import OURS, Options, Row, Work
 from benchmarks.test_speed import BENCHMARKS
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-OPS = [benchmark for benchmark in BENCHMARKS if not benchmark.of_models]
+OPS = [b for b in BENCHMARKS if not (b.of_models or b.name == "ceilings")]
 
 
 @pytest.mark.parametrize("measured", OPS, ids=lambda measured: measured.name)
@@ -90,6 +91,49 @@ def test_the_raised_allocator_is_in_the_json(tmp_path) -> None:
     subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
     machine = json.loads((tmp_path / "x.json").read_text())["machine"]
     assert machine["allocator"] == "raised" and machine["threads"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_its_benchmarks_are_refused() -> None:
+    with pytest.raises(SystemExit, match="--device cuda: this machine has no NVIDIA GPU"):
+        main(OPS[0], ["--device", "cuda"])
+
+
+def test_on_a_gpu_the_cases_are_larger_ones() -> None:
+    usual, on_gpu = (
+        {case.name for benchmark in OPS for case in benchmark.cases(Options(on_gpu=gpu))}
+        for gpu in (False, True)
+    )
+    assert on_gpu and not usual & on_gpu
+
+
+def test_the_ceilings_are_rates(capsys) -> None:
+    main(bench_ceilings.BENCHMARK, ["--quick"])
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    product, copy = rows[2:]
+    assert float(product[2]) > 0 and float(copy[2]) == 0 and float(copy[3]) > 0
+
+
+def test_a_table_of_a_gpu_has_rates_and_its_backends_are_no_rivals() -> None:
+    samples = {OURS: [4.0], "triton": [1.0], "eager": [2.0]}
+    row = Row("x", samples, work=Work(flop=3e12, bytes=2e9))
+    assert report.rates(row) == pytest.approx((3000.0, 2.0))
+    head, _, cells = report.op_table([row]).splitlines()
+    names = [cell.strip() for cell in head.split("|")]
+    assert "vs triton" not in names and "triton ms" in names
+    found = dict(zip(names, (cell.strip() for cell in cells.split("|")), strict=True))
+    assert found["vs best"] == "0.50x" and found["TFLOP/s"] == "3e+03" and found["TB/s"] == "2"
+
+
+def test_each_backend_of_a_gpu_passes_the_gate_on_its_own(monkeypatch) -> None:
+    """The backends are those of a CPU here, as there is no GPU: one is right, one cannot run."""
+    monkeypatch.setattr(cases, "GPU_BACKENDS", ("reference", "triton"))
+    operation = bench_layer_norm._layer_norm(cases.CASES["tiny-gpt"], torch.float32)
+    upstream = [torch.randn(operation.values["x"].shape)]
+    passed, failed = ops._check_backends(operation, upstream, "cuda")
+    assert passed == ["reference"]
+    assert failed["triton"].startswith("RuntimeError: layer_norm_fwd: backend 'triton' was asked")
+    assert ops._check_backends(operation, upstream, "cpu") == ([], {})
 
 
 def _plugin_version() -> tuple[int, ...]:
