@@ -23,6 +23,7 @@ N = 7
 SITE = 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_reduce_kernel"]
+newer_triton = pytest.mark.newer_triton
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
 widths = pytest.mark.parametrize("C", [20, 127, 768, 1023])
 has_bias = pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
@@ -68,6 +69,7 @@ def rng_and_keep(device: str, C: int, dropout_p: float) -> tuple[Tensor, Tensor 
         return rng, dropout_mask(N, C, dropout_p, rng, SITE)
 
 
+@newer_triton
 @dtypes
 @widths
 @has_bias
@@ -78,6 +80,7 @@ def test_layer_norm(target, triton, check_numerics, has_bias, C, dtype):
     assert [launch.name for launch in launches] in ([], [NAMES[0], *NAMES])
 
 
+@newer_triton
 @dtypes
 @widths
 @pytest.mark.parametrize(
@@ -98,6 +101,7 @@ def test_add_layer_norm(target, triton, check_numerics, dropout_p, has_bias, C, 
     assert [launch.name for launch in launches] in ([], [NAMES[0], *NAMES])
 
 
+@newer_triton
 @dtypes
 def test_a_float32_residual_beside_lower_precision(target, triton, check_numerics, dtype):
     rng, keep = rng_and_keep(target.device, 768, 0.1)
@@ -117,6 +121,7 @@ def test_a_float32_residual_beside_lower_precision(target, triton, check_numeric
         check_numerics(ours, peer, dtype, values | affine(768, True, target.device), kept=kept)
 
 
+@newer_triton
 @widths
 @pytest.mark.parametrize("dropout_p", [2**-16, 0.5, 0.99999])
 def test_the_mask_is_that_of_the_reference(target, triton, dropout_p, C):

@@ -27,6 +27,7 @@ from tests.ptx.kernels import (  # noqa: E402
 from tests.ptx.triton_launch import emulated  # noqa: E402
 
 BF16 = torch.bfloat16
+newer_triton = pytest.mark.newer_triton
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -87,6 +88,7 @@ def test_attention_fwd(target, descriptors, T, causal):
     assert error(lse, exact_lse) < 1e-5
 
 
+@newer_triton
 @pytest.mark.parametrize(
     ("D", "block_m", "block_n", "num_warps"),
     [(16, 64, 32, 4), (32, 128, 128, 8), (128, 64, 64, 4)],
@@ -108,6 +110,7 @@ def test_attention_fwd_tiles(target, descriptors, D, block_m, block_n, num_warps
     assert error(out, exact) < 4e-3
 
 
+@newer_triton
 @pytest.mark.parametrize("T", [128, 100])
 def test_attention_bwd_into_one_packed_gradient(target, T):
     leaves = [draw(2, T, 64) for _ in range(3)]
@@ -123,6 +126,7 @@ def test_attention_bwd_into_one_packed_gradient(target, T):
         assert error(found, leaf.grad) < 6e-3
 
 
+@newer_triton
 @pytest.mark.parametrize(
     ("dtype", "precision", "bound"),
     [(BF16, "ieee", 3e-3), (torch.float32, "ieee", 1e-6), (torch.float32, "tf32", 1e-3)],
@@ -137,6 +141,7 @@ def test_matmul(target, shape, dtype, precision, bound):
     assert error(c, a.double() @ b.double()) < bound
 
 
+@newer_triton
 def test_sums_by_atomics(target):
     x, classes = draw(50, 200, dtype=torch.float32), torch.randint(0, 10, (1000,))
     with target.run():
@@ -146,6 +151,7 @@ def test_sums_by_atomics(target):
     assert counts.tolist() == classes.bincount(minlength=10).tolist()
 
 
+@newer_triton
 def test_rows(target):
     x = draw(3, 100, dtype=torch.float32)
     with target.run():
@@ -166,6 +172,7 @@ def philox(seed: int, index: int) -> int:
     return c[0]
 
 
+@newer_triton
 def test_dropout(target):
     x = torch.rand(1500) + 1
     with target.run():
