@@ -23,14 +23,19 @@ REFERENCE = (("reference", "cpu"), ("reference", "cuda"))
 BACKENDS = {
     "attention": (*REFERENCE, ("cpu", "cpu")),
     "attention_varlen": (*REFERENCE, ("cpu", "cpu")),
-    "layer_norm": (*REFERENCE, ("cpu", "cpu")),
+    "layer_norm": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")),
     "linear": (*REFERENCE, ("cpu", "cpu")),
     "mlp": (*REFERENCE, ("cpu", "cpu")),
     "linear_cross_entropy": (*REFERENCE, ("cpu", "cpu")),
     "dropout": (*REFERENCE, ("cpu", "cpu"), ("cuda", "cuda")),
 }
 
-CPU_DTYPES = (torch.float32, torch.bfloat16)
+# What kernels take; the reference takes all, float64 too.
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 # A GPU machine may have torch and pytest and no network: what needs more is left out there.
 _TRAIN_PACKAGES = ("hypothesis", "matplotlib", "PIL", "rich", "sklearn", "tokenizers", "tyro")
@@ -57,16 +62,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the C++ kernels for the CPU do not take, which dispatch tests on its own."""
+    """Leave out the dtypes that a backend does not take, whose refusals have tests of their own."""
 
     def foreign(item: pytest.Item) -> bool:
         params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "backend" not in params or item.module.OP == "dropout":
+            return False  # the mask of dropout has no dtype
+        name, _ = params["backend"]
         dtype = params.get("dtype", torch.float32)
         if "gradcheck" in item.name:
             dtype = torch.float64
-        if params.get("backend") != ("cpu", "cpu") or item.module.OP == "dropout":
-            return False  # the mask of dropout has no dtype
-        return dtype not in CPU_DTYPES
+        return name in DTYPES and dtype not in DTYPES[name]
 
     config.hook.pytest_deselected(items=[item for item in items if foreign(item)])
     items[:] = [item for item in items if not foreign(item)]
@@ -80,6 +86,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs an NVIDIA GPU and a CUDA build of torch")
         if name in ("cpu", "cuda") and _library.WHY_NOT is not None:
             pytest.skip(_library.WHY_NOT)
+        if name == "triton" and importlib.util.find_spec("triton") is None:
+            pytest.skip("needs Triton, which there is for Linux only")
 
 
 @pytest.fixture

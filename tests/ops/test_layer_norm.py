@@ -35,6 +35,12 @@ def eager_add(x, residual, weight, bias=None, eps=1e-5, *, keep=None, dropout_p=
     return eager(total, weight, bias, eps), total
 
 
+def reference_mask(*args, **kwargs):
+    """Not every backend has a kernel that gives the mask alone."""
+    with fastformer.backend("reference"):
+        return dropout_mask(*args, **kwargs)
+
+
 @dtypes
 @widths
 @pytest.mark.parametrize("rows", [(1,), (20,), (3, 50), (2, 3, 67)], ids=str)
@@ -143,7 +149,7 @@ def test_numerics_of_add(backend, check_numerics, rows, C, dtype):
 @pytest.mark.parametrize(("dropout_p", "C"), [(0.1, 127), (0.5, 127), (0.1, 2100)])
 def test_numerics_of_add_with_dropout(backend, check_numerics, dropout_p, C, dtype):
     rng = torch.tensor([11, 2**35], device=backend)
-    keep = dropout_mask(3 * 20, C, dropout_p, rng, site=2).view(3, 20, C)
+    keep = reference_mask(3 * 20, C, dropout_p, rng, site=2).view(3, 20, C)
 
     def ours(**tensors):
         return add_layer_norm(**tensors, dropout_p=dropout_p, rng=rng, site=2)
@@ -161,7 +167,7 @@ def test_a_float32_residual_stays_float32_beside_lower_precision(
     backend, check_numerics, dropout_p, dtype
 ):
     rng = torch.tensor([1, 2], device=backend)
-    keep = dropout_mask(64, 768, dropout_p, rng)
+    keep = reference_mask(64, 768, dropout_p, rng)
 
     def ours(**tensors):
         normed, total = add_layer_norm(**tensors, dropout_p=dropout_p, rng=rng)
