@@ -22,6 +22,10 @@ CORPUS_FOLDER = Path(__file__).parent / "kernels"
 DROPOUT_CU = ROOT / "csrc" / "cuda" / "dropout.cu"
 LAYER_NORM_CU = ROOT / "csrc" / "cuda" / "layer_norm.cu"
 
+# Compiled and judged for all of them; the emulator executes what is for the first two.
+TRITON_ARCHS = (80, 90, 100)
+CUDA_ARCHS = ("80", "90a", "100")
+
 Rule = Callable[[Resources], list[str]]
 
 
@@ -151,6 +155,16 @@ def _corpus(arch: int) -> list[Case]:
     return cases
 
 
+def _blackwell_corpus() -> list[Case]:
+    """As much as shows that the rules know the instructions of sm_100."""
+    tensor = (gates.uses_tensor_cores, gates.copies_asynchronously)
+    launch = partial(_attention_fwd, 64, 128, True)
+    return [
+        _triton("matmul-bf16", 100, partial(_matmul, torch.bfloat16, "ieee"), *tensor),
+        _triton("attention_fwd_tma-64", 100, launch, *tensor),
+    ]
+
+
 def _cuda_corpus(arch: str) -> list[Case]:
     norm, flash = CORPUS_FOLDER / "layer_norm.cu", CORPUS_FOLDER / "flash_attention.cu"
     fwd, bwd = "layer_norm_fwd_kernel<4>", "layer_norm_bwd_kernel<4>"
@@ -198,21 +212,19 @@ def _cuda_layer_norm(arch: str) -> list[Case]:
 _mostly_wide = partial(gates.wide_accesses, share=0.8)
 
 LIBRARY = [
-    *(
-        _cuda("dropout_mask", arch, DROPOUT_CU, "dropout_mask_kernel", 256)
-        for arch in ("80", "90a")
-    ),
-    *(case for arch in ("80", "90a") for case in _cuda_layer_norm(arch)),
+    *(_cuda("dropout_mask", arch, DROPOUT_CU, "dropout_mask_kernel", 256) for arch in CUDA_ARCHS),
+    *(case for arch in CUDA_ARCHS for case in _cuda_layer_norm(arch)),
     *(
         _triton(f"{raw}-{C}", arch, partial(_library_layer_norm, raw, C), _mostly_wide)
         for raw in ("layer_norm", "add_layer_norm")
         for C in (768, 8192)
-        for arch in (80, 90)
+        for arch in TRITON_ARCHS
     ),
 ]
 CORPUS = [
     *_corpus(80),
     *_corpus(90),
+    *_blackwell_corpus(),
     *_cuda_corpus("80"),
     *_cuda_corpus("90a"),
 ]

@@ -37,10 +37,10 @@ def no_warnings(record: Resources) -> list[str]:
 
 
 def uses_tensor_cores(record: Resources) -> list[str]:
-    wanted = "HGMMA" if record.arch >= 90 else "HMMA"
+    wanted = {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}[record.arch]
     if record.counts.get(wanted):
         return []
-    others = {name: record.counts.get(name, 0) for name in ("HGMMA", "HMMA", "FFMA")}
+    others = {name: record.counts.get(name, 0) for name in ("UTCMMA", "HGMMA", "HMMA", "FFMA")}
     return [f"no {wanted}, but {others}"]
 
 

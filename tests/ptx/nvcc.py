@@ -13,14 +13,15 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.ptx import sass
 from tests.ptx.emulator import Module, TensorMap
 from tests.ptx.resources import Resources, analyse
 from tests.ptx.triton_compile import CACHE, ROOT
@@ -67,7 +68,10 @@ class Compiled:
 
 
 def compile_cuda(source: Path, arch: str, kind: str, defines: Sequence[str] = ()) -> Compiled:
-    """Compile to `kind` "ptx" or "cubin" for `arch` "80" or "90a"; the same is compiled once."""
+    """Compile to `kind` "ptx" or "cubin" for `arch` "80", "90a" or "100".
+
+    The same is compiled once.
+    """
     target = f"arch=compute_{arch},code={'compute' if kind == 'ptx' else 'sm'}_{arch}"
     options = [*FLAGS, *(f"-D{name}" for name in defines), f"-gencode={target}", f"-{kind}"]
     out = CACHE / "nvcc" / f"{source.stem}-{_key(source, options)}.{kind}"
@@ -128,13 +132,18 @@ class Shifted:
 
 
 class CudaKernels:
-    """The kernels of one .cu file for one architecture, "80" or "90a"."""
+    """The kernels of one .cu file for one architecture: "80", "90a", or "100" without launches."""
 
     def __init__(self, source: Path, arch: str, *, defines: Sequence[str] = ()) -> None:
         self.source, self.arch, self.defines = source, arch, (*defines,)
-        self.ptx = compile_cuda(source, arch, "ptx", defines).data.decode()
-        self._module = Module(self.ptx)
-        self._names = demangle(tuple(self._module.program.entries))
+
+    @cached_property
+    def ptx(self) -> str:
+        return compile_cuda(self.source, self.arch, "ptx", self.defines).data.decode()
+
+    @cached_property
+    def _module(self) -> Module:
+        return Module(self.ptx)
 
     def with_ptx(self, ptx: str) -> CudaKernels:
         """The same kernels with other PTX: tests plant bugs with it."""
@@ -144,14 +153,7 @@ class CudaKernels:
 
     def mangled(self, name: str) -> str:
         """The entry of a demangled name with its template arguments: "copy_kernel<4, true>"."""
-        found = [
-            mangled
-            for mangled, demangled in self._names.items()
-            if re.search(rf"(?:^|[\s:]){re.escape(name)}\(", demangled)
-        ]
-        if len(found) != 1:
-            raise LookupError(f"{len(found)} kernels {name!r} among {list(self._names.values())}")
-        return found[0]
+        return _mangled(name, self._module.program.entries)
 
     def launch(
         self,
@@ -210,10 +212,22 @@ class CudaKernels:
             int(self.arch.rstrip("a")),
             threads=threads,
             shared_bytes=dynamic_shared,
-            function=self.mangled(name),
+            function=_mangled(name, sass.usage(cubin.data)),
             name=name,
             warnings=cubin.warnings,
         )
+
+
+def _mangled(name: str, kernels: Iterable[str]) -> str:
+    names = demangle(tuple(kernels))
+    found = [
+        mangled
+        for mangled, demangled in names.items()
+        if re.search(rf"(?:^|[\s:]){re.escape(name)}\(", demangled)
+    ]
+    if len(found) != 1:
+        raise LookupError(f"{len(found)} kernels {name!r} among {list(names.values())}")
+    return found[0]
 
 
 @lru_cache(maxsize=64)

@@ -34,6 +34,7 @@ class Multiprocessor:
 MULTIPROCESSORS = {
     80: Multiprocessor(164 * KB, 163 * KB),
     90: Multiprocessor(228 * KB, 227 * KB),
+    100: Multiprocessor(228 * KB, 227 * KB),
 }
 SHARED_LIMIT = {arch: sm.shared_bytes_per_block for arch, sm in MULTIPROCESSORS.items()}
 _RESERVED = KB  # shared memory that the driver takes of each block

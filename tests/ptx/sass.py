@@ -24,6 +24,7 @@ class Op:
 
 # The counts that are looked at, by what matches an opcode's name.
 CLASSES = {
+    "UTCMMA": r"UTC[A-Z]*MMA",
     "HGMMA": r"[HQI]GMMA",
     "HMMA": r"[HQI]MMA",
     "TMA load": r"UTMALDG|UBLKCP",
@@ -39,9 +40,10 @@ CLASSES = {
     "SHFL": r"SHFL",
     "atomics": r"ATOMG?|REDG?",
     "BAR": r"BAR",
-    "FFMA": r"FFMA",
+    "FFMA": r"FFMA2?",
 }
 _CLASS = {name: re.compile(pattern) for name, pattern in CLASSES.items()}
+_PRODUCTS = ("UTCMMA", "HGMMA", "HMMA")
 _OP = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)\s*([^;]*);", re.M
 )
@@ -108,7 +110,7 @@ def hot_loop(ops: tuple[Op, ...]) -> tuple[Op, ...]:
 
 
 def _has_products(ops: Iterable[Op]) -> bool:
-    return any(_CLASS["HMMA"].fullmatch(o.name) or _CLASS["HGMMA"].fullmatch(o.name) for o in ops)
+    return any(_CLASS[name].fullmatch(op.name) for op in ops for name in _PRODUCTS)
 
 
 def count(ops: Iterable[Op]) -> dict[str, int]:
@@ -135,7 +137,10 @@ def access_bytes(ops: Iterable[Op]) -> dict[int, int]:
 
 
 def matrix_flops(ops: Iterable[Op], threads: int) -> int:
-    """Floating-point operations of a block's tensor cores if each instruction runs once."""
+    """Floating-point operations of a block's tensor cores if each instruction runs once.
+
+    UTCMMA are left out: their shapes lie in descriptors.
+    """
     warps, total = threads // 32, 0
     for op in ops:
         if _CLASS["HGMMA"].fullmatch(op.name):

@@ -80,6 +80,7 @@ OCCUPANCY = [
     (80, 64, 163 * KB, 128, 1, "shared memory"),
     (80, 64, 163 * KB + 1, 128, 0, "shared memory"),
     (90, 64, 227 * KB, 128, 1, "shared memory"),
+    (100, 64, 57 * KB, 128, 3, "shared memory"),
 ]
 
 
@@ -116,6 +117,7 @@ BROKEN = [
     (gates.no_warnings, {"warnings": ("ptxas info : (C7510) serialized",)}, "C7510"),
     (gates.uses_tensor_cores, {"counts": {"HMMA": 8}}, "no HGMMA"),
     (gates.uses_tensor_cores, {"counts": {"FFMA": 8}, "arch": 80}, "no HMMA"),
+    (gates.uses_tensor_cores, {"counts": {"HMMA": 8}, "arch": 100}, "no UTCMMA"),
     (gates.copies_asynchronously, {"counts": {"LDG": 8}}, "but 8 LDG"),
     (gates.wide_accesses, {"accesses": {16: 1, 4: 8}}, "16 of 48 bytes"),
     (lambda r: gates.no_redundant_matrix_work(r, 500), {}, "2.00 times"),
@@ -144,14 +146,16 @@ def test_differences_from_the_golden_file_are_readable():
     assert report.differences(GOOD, report.entry(GOOD)) == []
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_products_without_tensor_cores_are_seen(arch):
     a = torch.empty(256, 256, device="meta")
     with compile_only(arch) as records:
         matmul.matmul(a, a, precision="ieee")
     (record,) = records
     assert gates.uses_tensor_cores(record)
-    assert record.hot["FFMA"] >= 64 * 64 * 32 / 128 and record.matrix_flops == 0
+    products = 64 * 64 * 32 / 128
+    assert record.hot["FFMA"] >= products / (2 if arch == 100 else 1)  # sm_100 does two at a time
+    assert record.matrix_flops == 0
 
 
 @triton.jit
