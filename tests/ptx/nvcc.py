@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx import sass
+from tests.ptx import ptxas, sass
 from tests.ptx.emulator import Module, TensorMap
 from tests.ptx.resources import Resources, analyse
 from tests.ptx.triton_compile import CACHE, ROOT
@@ -63,8 +63,7 @@ class Compiled:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        found = re.findall(r"^ptxas\b.*?(?:warning|C\d{4}).*$", self.log, re.M)
-        return tuple(dict.fromkeys(line.strip() for line in found))
+        return ptxas.warnings(self.log)
 
 
 def compile_cuda(source: Path, arch: str, kind: str, defines: Sequence[str] = ()) -> Compiled:

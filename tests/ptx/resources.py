@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tests.ptx import sass
+from tests.ptx import ptxas, sass
 from tests.ptx.triton_compile import Compiled, intercepted
 
 KB = 1024
@@ -145,4 +145,5 @@ def of_triton(compiled: Compiled, arch: int) -> Resources:
         threads=int(required[1]) if required else metadata.num_warps * 32,
         shared_bytes=metadata.shared,
         name=compiled.name,
+        warnings=ptxas.of_triton(compiled),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from tests.ptx.resources import (  # noqa: E402
     Resources,
     blocks_per_multiprocessor,
     compile_only,
+    of_triton,
 )
+from tests.ptx.triton_compile import intercepted  # noqa: E402
 
 
 def golden(case: Case) -> dict[str, dict]:
@@ -156,6 +160,25 @@ def test_products_without_tensor_cores_are_seen(arch):
     products = 64 * 64 * 32 / 128
     assert record.hot["FFMA"] >= products / (2 if arch == 100 else 1)  # sm_100 does two at a time
     assert record.matrix_flops == 0
+
+
+@pytest.mark.planted_bug
+def test_what_ptxas_says_of_wgmma_is_a_violation():
+    """Triton's own log is gone by then, so that ptxas is asked again."""
+    a = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")
+    found = []
+    with intercepted(90, found.append):
+        matmul.matmul(a, a)
+    (compiled,) = found
+    assert of_triton(compiled, 90).warnings == ()
+    ptx = re.sub(r"wgmma\.wait_group\.sync\.aligned \d+;", "", compiled.ptx)
+    assert ptx != compiled.ptx
+    kernel = SimpleNamespace(
+        asm={**compiled.kernel.asm, "ptx": ptx}, metadata=compiled.kernel.metadata
+    )
+    record = of_triton(dataclasses.replace(compiled, kernel=kernel), 90)
+    (violation,) = gates.no_warnings(record)
+    assert "C7517" in violation and "warpgroup.wait is injected" in violation
 
 
 @triton.jit
