@@ -22,7 +22,7 @@ from tests.ptx.emulator.instructions import (
     warp,
 )
 from tests.ptx.emulator.types import to_bf16
-from tests.ptx.exact import array, bounds, samples, unsigned
+from tests.ptx.exact import array, samples, unsigned
 from tests.ptx.matrix_kernels import names
 from tests.ptx.one_instruction import opcodes
 from tests.ptx.triton_compile import ROOT
@@ -97,7 +97,7 @@ class Comparison:
 
 def corpus() -> Iterator[Comparison]:
     """Everything that is compared."""
-    for module in (arithmetic, floating, special_functions, convert, compare, logic):
+    for module in ELEMENTWISE:
         yield from instructions(module)
     yield from carries()
     yield from shuffles()
@@ -109,6 +109,7 @@ def corpus() -> Iterator[Comparison]:
 
 # ---- one instruction
 
+ELEMENTWISE = (arithmetic, floating, special_functions, convert, compare, logic)
 _COUNTS = {
     **dict.fromkeys(["neg", "abs", "not", "cnot", "bfind", "clz", "popc", "brev", "testp"], 1),
     **dict.fromkeys(["ex2", "tanh", "lg2", "sin", "cos", "rcp", "sqrt", "rsqrt"], 1),
@@ -164,35 +165,22 @@ def _stored(kind: str) -> str:
     return f"{kind[0]}16" if kind in ("u8", "s8") else kind
 
 
-def is_ptx(opcode: str) -> bool:
-    """Whether ptxas takes it, which is stricter than the emulator in sets and conversions."""
-    parts = opcode.split(".")
-    kinds = target, source = (parts[-2], parts[-1]) if len(parts) > 2 else ("", "")
-    if parts[0] == "set":
-        return not (target == "f32" and source in ("f16", "bf16"))
-    if parts[0] != "cvt":
-        return True
-    if "bf16" in kinds and {"u8", "s8"} & set(kinds):
-        return False
-    if "sat" not in parts or target[0] not in "us":
-        return True
-    if source[0] not in "us":
-        return source != "bf16"
-    (low, high), (least, most) = bounds(target), bounds(source)
-    return not low <= least <= most <= high  # saturation that can do something
+def of_registers(module: ModuleType) -> list[str]:
+    """The opcodes of a module that take registers and give one."""
+    return [
+        opcode
+        for opcode in opcodes(module)
+        if opcode.split(".")[0] not in (*_CARRIES, "cvta", "isspacep", "lop3")
+        and ".cc" not in opcode
+        # A packed comparison has two destinations.
+        and not (opcode.startswith("setp") and opcode.endswith("x2"))
+    ]
 
 
 def instructions(module: ModuleType) -> Iterator[Comparison]:
-    """A comparison for every opcode of a module that takes registers and gives one."""
+    """A comparison for each of these opcodes."""
     family = module.__name__.split(".")[-1]
-    for opcode in opcodes(module):
-        base = opcode.split(".")[0]
-        if base in (*_CARRIES, "cvta", "isspacep", "lop3") or ".cc" in opcode:
-            continue
-        if base == "setp" and opcode.endswith("x2"):
-            continue  # it has two destinations
-        if not is_ptx(opcode):
-            continue
+    for opcode in of_registers(module):
         yield one(family, opcode)
     if module is logic:
         for table in range(0, 256, 5):

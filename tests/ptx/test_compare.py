@@ -166,6 +166,11 @@ def test_unknown_comparisons_are_refused() -> None:
         with pytest.raises(PtxError, match=rf"at line \d+: {opcode} p, a, a") as error:
             run(f"{opcode} p, a, a;", a=one, p=bool)
         assert error.value.kind == "unsupported"
+    halves = np.zeros(1, np.uint16)
+    for opcode in ("set.lt.f32.f16", "set.eq.and.f32.bf16", "set.ltu.ftz.f32.f16"):
+        with pytest.raises(PtxError, match=rf"at line \d+: {opcode} d, a, a") as error:
+            run(f"{opcode} d, a, a;", a=halves, d=np.uint32)
+        assert error.value.kind == "unsupported"
 
 
 def test_pairs_of_comparisons_and_choices_agree() -> None:

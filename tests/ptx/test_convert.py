@@ -206,6 +206,12 @@ def test_unknown_conversions_are_refused() -> None:
         "cvt.u32.f32",
         "cvt.rn.f32.f32",
         "cvt.rn.e4m3x2.f32",
+        # There is nothing to saturate; bfloat16 has no bytes, and is not saturated.
+        "cvt.sat.u64.u8",
+        "cvt.sat.s32.u16",
+        "cvt.rn.bf16.s8",
+        "cvt.rzi.u8.bf16",
+        "cvt.rzi.sat.s32.bf16",
     ):
         with pytest.raises(PtxError, match=rf"at line \d+: {opcode} d, a") as error:
             run(f"{opcode} d, a;", a=a, d=np.uint32)

@@ -53,15 +53,18 @@ _KINDS = (
     ("eq,ne", "", "b16,b32,b64"),
     ("eq,ne,lt,le,gt,ge", "", "s16,s32,s64"),
     ("eq,ne,lt,le,gt,ge,lo,ls,hi,hs", "", "u16,u32,u64"),
-    (_FLOATS, "[.{ftz:ftz}]", "f32,f16"),
-    (_FLOATS, "", "f64,bf16"),
+    (_FLOATS, "[.{ftz:ftz}]", "f32"),
+    (_FLOATS, "", "f64"),
 )
+_HALF_KINDS = ((_FLOATS, "[.{ftz:ftz}]", "f16"), (_FLOATS, "", "bf16"))
 
 
-def _forms(base: str, destination: str = "") -> list[str]:
+def _forms(
+    base: str, destination: str = "", kinds: tuple[tuple[str, str, str], ...] = _KINDS
+) -> list[str]:
     return [
         f"{base}.{{compare:{names}}}[.{{combine:and,or,xor}}]{flush}{destination}.{{source:{types}}}"
-        for names, flush, types in _KINDS
+        for names, flush, types in kinds
     ]
 
 
@@ -96,7 +99,7 @@ def _compared(build: Build) -> Callable[[Block], tuple[np.ndarray, np.ndarray | 
     return lambda block: (compare(a(block), b(block)), other(block))
 
 
-@instruction(*_forms("setp"))
+@instruction(*_forms("setp"), *_forms("setp", kinds=_HALF_KINDS))
 def setp(build: Build) -> Execute:
     compared = _compared(build)
     write, write_inverse = build.write_pair(0)
@@ -138,7 +141,10 @@ def setp_packed(build: Build) -> Execute:
     return execute
 
 
-@instruction(*_forms("set", ".{type:u32,s32,f32}"))
+@instruction(
+    *_forms("set", ".{type:u32,s32,f32}"),
+    *_forms("set", ".{type:u32,s32}", _HALF_KINDS),  # set.f32 compares no halves
+)
 def set_(build: Build) -> Execute:
     compared = _compared(build)
     require_type(build, build.operand(0), build.type)

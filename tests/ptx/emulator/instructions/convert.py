@@ -27,6 +27,7 @@ from tests.ptx.emulator.rounding import from_values, relu, saturate, to_values
 from tests.ptx.emulator.types import TYPES, canonical, float_to_halves, size_of
 
 _INTEGERS = "u8,u16,u32,u64,s8,s16,s32,s64"
+_WIDER_INTEGERS = "u16,u32,u64,s16,s32,s64"  # bfloat16 has no conversions to and from bytes
 _TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 _INTEGRAL = f"{{round:{','.join(_TO_INTEGER)}}}"
 _ROUND = "{round:rn,rz,rm,rp}"
@@ -53,7 +54,17 @@ def _require_room(build: Build, operand: Operand, kind: str) -> None:
 # ---- integers
 
 
-@instruction(f"cvt[.{{sat:sat}}].{{type:{_INTEGERS}}}.{{source:{_INTEGERS}}}")
+def _beyond(target: str) -> str:
+    """The integers with values that a type has not: only there PTX has .sat."""
+    low, high = np.iinfo(TYPES[target]).min, np.iinfo(TYPES[target]).max
+    limits = {source: np.iinfo(TYPES[source]) for source in _INTEGERS.split(",")}
+    return ",".join(name for name, of in limits.items() if of.min < low or of.max > high)
+
+
+@instruction(
+    f"cvt.{{type:{_INTEGERS}}}.{{source:{_INTEGERS}}}",
+    *(f"cvt.{{sat:sat}}.{{type:{to}}}.{{source:{_beyond(to)}}}" for to in _INTEGERS.split(",")),
+)
 def between_integers(build: Build) -> Execute:
     target, source = TYPES[build.type], TYPES[build.choices["source"]]
     if not build.has("sat"):
@@ -65,7 +76,7 @@ def between_integers(build: Build) -> Execute:
 
 @instruction(
     f"cvt.{_ROUND}.{{type:f16,f32}}.{{source:{_INTEGERS}}}",
-    f"cvt.{{round:rn,rz}}.{{type:bf16}}.{{source:{_INTEGERS}}}",
+    f"cvt.{{round:rn,rz}}.{{type:bf16}}.{{source:{_WIDER_INTEGERS}}}",
     f"cvt.{{round:rn}}.{{type:f64}}.{{source:{_INTEGERS}}}",
 )
 def from_integer(build: Build) -> Execute:
@@ -89,7 +100,8 @@ def _to_odd(x: np.ndarray) -> np.ndarray:
 
 @instruction(
     f"cvt.{_INTEGRAL}[.{{ftz:ftz}}][.{{sat:sat}}].{{type:{_INTEGERS}}}.{{source:f32}}",
-    f"cvt.{_INTEGRAL}[.{{sat:sat}}].{{type:{_INTEGERS}}}.{{source:f16,bf16,f64}}",
+    f"cvt.{_INTEGRAL}[.{{sat:sat}}].{{type:{_INTEGERS}}}.{{source:f16,f64}}",
+    f"cvt.{_INTEGRAL}.{{type:{_WIDER_INTEGERS}}}.{{source:bf16}}",
 )
 def to_integer(build: Build) -> Execute:
     """Out of range gives the nearest integer of the type, with .sat or without.
