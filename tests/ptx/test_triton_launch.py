@@ -151,6 +151,28 @@ def test_sums_by_atomics(target):
     assert counts.tolist() == classes.bincount(minlength=10).tolist()
 
 
+@triton.jit
+def _add_kernel(sums_ptr, old_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    ones = tl.full((BLOCK,), 1.0, sums_ptr.dtype.element_ty)
+    old = tl.atomic_add(sums_ptr + offs % 3, ones)
+    tl.store(old_ptr + tl.program_id(0) * BLOCK + offs, old.to(tl.float32))
+
+
+@newer_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+def test_atomic_additions(target, dtype):
+    """sm_80 adds bfloat16 by swapping whole words, of which there are two here."""
+    sums, old = torch.zeros(4, dtype=dtype, device=target.device), torch.empty(128)
+    old = old.to(target.device)
+    with target.run(checks=True):
+        _add_kernel[(2,)](sums, old, BLOCK=64)
+    assert sums.tolist() == [44, 42, 42, 0]
+    columns = [old.cpu().view(2, 64)[:, column::3].reshape(-1) for column in range(3)]
+    for column, count in zip(columns, (44, 42, 42), strict=True):
+        assert torch.equal(column.sort().values, torch.arange(float(count)))
+
+
 @newer_triton
 def test_rows(target):
     x = draw(3, 100, dtype=torch.float32)

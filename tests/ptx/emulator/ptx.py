@@ -134,6 +134,13 @@ class Entry:
             if isinstance(item, Register)
         )
 
+    @cached_property
+    def guesses(self) -> frozenset[Instruction]:
+        """Loads whose value a compare-and-swap puts to the test."""
+        from tests.ptx.emulator.guesses import find
+
+        return find(self)
+
 
 @dataclass(frozen=True)
 class Variable:

@@ -41,16 +41,18 @@ class Ordering:
     """What an access says about order.
 
     `strong`: volatile, relaxed or more, which does not race with its like. `blocks`: its scope
-    holds between blocks.
+    holds between blocks. `guess`: a weak read of which guesses.py says that it races with plain
+    writes only.
     """
 
     strong: bool = False
     acquire: bool = False
     release: bool = False
     blocks: bool = False
+    guess: bool = False
 
 
-WEAK = Ordering()
+WEAK, GUESS = Ordering(), Ordering(guess=True)
 
 
 class Clocks:
@@ -329,7 +331,7 @@ class SharedRaces:
         granules, each = granules_of(offsets, size, actors)
         if not settled:
             races = self._accesses.read(
-                granules, each, strong=order.strong, bytes=_bytes_of(offsets, size)
+                granules, each, strong=order.strong or order.guess, bytes=_bytes_of(offsets, size)
             )
             if races.any():
                 self._report("read", granules, each, races)
@@ -436,7 +438,7 @@ class SharedRaces:
         if not offsets.size:
             return True
         self._accesses.has_proxy |= int(np.max(actors)) >= self.block.warps
-        if order.strong or np.shape(actors) != offsets.shape:
+        if order.strong or order.guess or np.shape(actors) != offsets.shape:
             return False
         return self._accesses.settled(offsets, size, actors, writes=writes)
 

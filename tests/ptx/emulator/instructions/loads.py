@@ -17,7 +17,7 @@ from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.forms import instruction
 from tests.ptx.emulator.memory import Memory
 from tests.ptx.emulator.ptx import Operand, Register
-from tests.ptx.emulator.races import WEAK, Ordering
+from tests.ptx.emulator.races import GUESS, WEAK, Ordering
 from tests.ptx.emulator.types import SIGNED, TYPES, UNSIGNED, size_of
 
 Threads = np.ndarray | slice  # a mask as an index
@@ -191,7 +191,8 @@ def ld_param(build: Build) -> Execute:
 def ld(build: Build) -> Execute:
     check_count(build, 2)
     writes = destinations(build, 0)
-    address, space, order = build.address(1), build.space, ordering(build)
+    address, space = build.address(1), build.space
+    order = GUESS if build.instruction in build.entry.guesses else ordering(build)
     size, dtype = size_of(build.type), _integer(build.type)
     total = size * len(writes)
 
