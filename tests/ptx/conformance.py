@@ -2,8 +2,9 @@
 
     python -m tests.ptx.conformance [--json FILE]
 
-Exits with 1 where results disagree, and with 2 where there is no GPU. conformance_corpus.py says
-what is run and how close results must be, card.py talks to the driver.
+Exits with 1 where results disagree, and with 2 where there is no GPU. conformance_instructions.py
+and conformance_kernels.py say what is run and how close results must be, card.py talks to the
+driver.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,9 @@ import numpy as np
 
 from tests.ptx import nvcc
 from tests.ptx.card import Card, CardError
-from tests.ptx.conformance_corpus import Bound, Comparison, corpus
+from tests.ptx.comparison import Bound, Comparison
+from tests.ptx.conformance_instructions import ELEMENTWISE, carries, instructions, shuffles
+from tests.ptx.conformance_kernels import cuda_kernels, matrices, products
 from tests.ptx.emulator import Module, PtxError
 from tests.ptx.exact import FORMATS, unsigned
 
@@ -36,6 +39,18 @@ class Machine(Protocol):
     capability: tuple[int, int]
 
     def load(self, ptx: str) -> Any: ...
+
+
+def corpus() -> Iterator[Comparison]:
+    """Everything that is compared."""
+    for module in ELEMENTWISE:
+        yield from instructions(module)
+    yield from carries()
+    yield from shuffles()
+    yield from matrices()
+    yield from products()
+    if nvcc.WHY_NOT is None:
+        yield from cuda_kernels()
 
 
 @dataclass

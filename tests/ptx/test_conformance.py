@@ -16,16 +16,10 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton, which brings the disassembler")
 
 from tests.ptx.card import Card, CardError, retargeted
-from tests.ptx.conformance import agree, main
-from tests.ptx.conformance_corpus import (
-    ELEMENTWISE,
-    Bound,
-    corpus,
-    of_registers,
-    one,
-    products,
-    signature,
-)
+from tests.ptx.comparison import Bound
+from tests.ptx.conformance import agree, corpus, main
+from tests.ptx.conformance_instructions import ELEMENTWISE, of_registers, one, signature
+from tests.ptx.conformance_kernels import products
 from tests.ptx.emulator import Module
 from tests.ptx.exact import size
 

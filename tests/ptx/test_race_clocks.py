@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from tests.ptx.emulator import PtxError
+from tests.ptx.emulator.clocks import Ordering
 from tests.ptx.emulator.global_races import GlobalRaces
 from tests.ptx.emulator.memory import GlobalMemory, SharedMemory
-from tests.ptx.emulator.ptx import Entry
-from tests.ptx.emulator.races import Ordering, SharedRaces
+from tests.ptx.emulator.program import Entry
+from tests.ptx.emulator.shared_races import SharedRaces
 
 WORDS, ACTORS = 8, 3
 BOTH = Ordering(strong=True, acquire=True, release=True, blocks=True)

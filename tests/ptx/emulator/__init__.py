@@ -6,8 +6,9 @@
     array = module.download(x)
 
 ptx.py parses, forms.py and instructions/ hold what each instruction does, block.py runs one thread
-block as one vector, grid.py lets the blocks of a launch take turns, memory.py and races.py watch
-every access. What is not known raises PtxError with the instruction and its line.
+block as one vector, grid.py lets the blocks of a launch take turns, memory.py, shared_races.py and
+global_races.py watch every access. What is not known raises PtxError with the instruction and its
+line.
 """
 
 from tests.ptx.emulator.errors import PtxError

@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.memory import LocalMemory, SharedMemory
-from tests.ptx.emulator.races import SharedRaces
+from tests.ptx.emulator.shared_races import SharedRaces
 from tests.ptx.emulator.types import TYPES, UNSIGNED
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.forms import find
-from tests.ptx.emulator.ptx import (
+from tests.ptx.emulator.program import (
     Address,
     Entry,
     Immediate,
@@ -33,7 +33,7 @@ from tests.ptx.emulator.types import SIGNED, TYPES, UNSIGNED, size_of
 
 if TYPE_CHECKING:
     from tests.ptx.emulator.block import Block, Execute, Mask
-    from tests.ptx.emulator.ptx import Program
+    from tests.ptx.emulator.program import Program
 
 Read = Callable[["Block"], np.ndarray]
 Write = Callable[["Block", np.ndarray, "Mask"], None]

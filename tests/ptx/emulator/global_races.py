@@ -5,7 +5,7 @@ a fence of one thread counts for the whole block. A granule is four bytes, or as
 smallest access of the kernel has, so that neighbours in a row of odd length do not collide.
 
 Plain accesses of different blocks to one granule, one of them a write, are a race unless a release
-and an acquire order them (races.Flags). Atomics and other strong accesses, of a scope that holds
+and an acquire order them (clocks.Flags). Atomics and other strong accesses, of a scope that holds
 between blocks, do not race with one another, but they do with plain ones.
 """
 
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tests.ptx.emulator.clocks import GRANULE, WEAK, Flags, Ordering
 from tests.ptx.emulator.errors import PtxError
-from tests.ptx.emulator.ptx import Entry
-from tests.ptx.emulator.races import GRANULE, WEAK, Flags, Ordering
+from tests.ptx.emulator.program import Entry
 from tests.ptx.emulator.types import TYPES, size_of
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from tests.ptx.emulator.build import GLOBAL_BASE, build
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.global_races import GlobalRaces
 from tests.ptx.emulator.memory import GlobalMemory
-from tests.ptx.emulator.ptx import Entry, Parameter, Program, parse
+from tests.ptx.emulator.program import Entry, Parameter, Program
+from tests.ptx.emulator.ptx import parse
 from tests.ptx.emulator.tensor_map import TensorMap
 
 TURN = 4000  # instructions of a block before it is the next one's turn

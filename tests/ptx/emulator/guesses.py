@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.ptx.emulator.ptx import (
+from tests.ptx.emulator.program import (
     Address,
     Entry,
     Instruction,

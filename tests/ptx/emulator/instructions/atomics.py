@@ -8,6 +8,7 @@ import numpy as np
 
 from tests.ptx.emulator.block import Block, Execute, Mask
 from tests.ptx.emulator.build import Build, Read
+from tests.ptx.emulator.clocks import Ordering
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.forms import instruction
 from tests.ptx.emulator.instructions.loads import (
@@ -20,7 +21,6 @@ from tests.ptx.emulator.instructions.loads import (
     spread,
 )
 from tests.ptx.emulator.memory import Memory
-from tests.ptx.emulator.races import Ordering
 from tests.ptx.emulator.types import (
     TYPES,
     UNSIGNED,

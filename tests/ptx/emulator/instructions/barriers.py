@@ -16,7 +16,7 @@ from tests.ptx.emulator.block import RELEASES, WARP, Block, Execute, Mask
 from tests.ptx.emulator.build import Build, Write
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.forms import instruction
-from tests.ptx.emulator.ptx import Immediate
+from tests.ptx.emulator.program import Immediate
 
 _BARRIERS = 16
 _sites = itertools.count(1)

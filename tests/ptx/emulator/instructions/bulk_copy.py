@@ -14,11 +14,11 @@ import numpy as np
 
 from tests.ptx.emulator.block import ENDS, Block, Execute, Mask
 from tests.ptx.emulator.build import GLOBAL_BASE, Build
+from tests.ptx.emulator.clocks import Ordering
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.forms import instruction, nothing
 from tests.ptx.emulator.instructions.mbarrier import barriers, deliver_early, shared_address
 from tests.ptx.emulator.memory import IN_FLIGHT, WRITTEN
-from tests.ptx.emulator.races import Ordering
 from tests.ptx.emulator.types import TYPES, UNSIGNED, float_to_halves, flush, halves_to_float
 
 PIECE = 16  # bytes that sizes and addresses are multiples of

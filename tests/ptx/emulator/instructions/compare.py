@@ -14,7 +14,7 @@ from tests.ptx.emulator.instructions.elementwise import (
     expect_operands,
     require_type,
 )
-from tests.ptx.emulator.ptx import Pair
+from tests.ptx.emulator.program import Pair
 from tests.ptx.emulator.rounding import HALF_TYPES, flush_to_zero
 from tests.ptx.emulator.types import halves_to_float, size_of
 

@@ -22,7 +22,7 @@ from tests.ptx.emulator.instructions.elementwise import (
     expect_operands,
     require_type,
 )
-from tests.ptx.emulator.ptx import Operand, Register
+from tests.ptx.emulator.program import Operand, Register
 from tests.ptx.emulator.rounding import from_values, relu, saturate, to_values
 from tests.ptx.emulator.types import TYPES, canonical, float_to_halves, size_of
 

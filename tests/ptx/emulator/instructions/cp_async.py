@@ -18,7 +18,7 @@ from tests.ptx.emulator.forms import instruction
 from tests.ptx.emulator.instructions.loads import check_count, resolve, watch_read
 from tests.ptx.emulator.instructions.mbarrier import barriers, by_address, shared_address
 from tests.ptx.emulator.memory import IN_FLIGHT, WRITTEN
-from tests.ptx.emulator.ptx import Not, Register
+from tests.ptx.emulator.program import Not, Register
 
 _HINTS = "[.{hint:L2::cache_hint}][.{prefetch:L2::64B,L2::128B,L2::256B}]"
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.ptx.emulator.block import Execute
 from tests.ptx.emulator.build import Build
-from tests.ptx.emulator.ptx import Immediate, Operand, Register
+from tests.ptx.emulator.program import Immediate, Operand, Register
 from tests.ptx.emulator.rounding import HALF_TYPES
 from tests.ptx.emulator.types import size_of
 

@@ -13,11 +13,11 @@ from tests.ptx.emulator.build import (
     Build,
     Write,
 )
+from tests.ptx.emulator.clocks import GUESS, WEAK, Ordering
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.forms import instruction
 from tests.ptx.emulator.memory import Memory
-from tests.ptx.emulator.ptx import Operand, Register
-from tests.ptx.emulator.races import GUESS, WEAK, Ordering
+from tests.ptx.emulator.program import Operand, Register
 from tests.ptx.emulator.types import SIGNED, TYPES, UNSIGNED, size_of
 
 Threads = np.ndarray | slice  # a mask as an index

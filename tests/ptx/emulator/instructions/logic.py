@@ -15,7 +15,7 @@ from tests.ptx.emulator.instructions.elementwise import (
     expect_operands,
     require_type,
 )
-from tests.ptx.emulator.ptx import Immediate
+from tests.ptx.emulator.program import Immediate
 from tests.ptx.emulator.types import SIGNED, UNSIGNED, size_of
 
 _LOGIC = "{type:pred,b16,b32,b64}"

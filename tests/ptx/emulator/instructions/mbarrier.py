@@ -15,7 +15,7 @@ from tests.ptx.emulator.build import SHARED_BASE, Build, Read
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.forms import instruction
 from tests.ptx.emulator.memory import BARRIER, UNWRITTEN
-from tests.ptx.emulator.ptx import Address, Symbol
+from tests.ptx.emulator.program import Address, Symbol
 
 BYTES = 8
 _LIMIT = (1 << 20) - 1  # of arrivals and of transactions

@@ -12,7 +12,7 @@ from tests.ptx.emulator.instructions.elementwise import (
     expect_operands,
     require_type,
 )
-from tests.ptx.emulator.ptx import Vector
+from tests.ptx.emulator.program import Vector
 from tests.ptx.emulator.types import UNSIGNED, size_of
 
 

@@ -24,7 +24,7 @@ from tests.ptx.emulator.instructions.bulk_copy import (
 )
 from tests.ptx.emulator.instructions.mbarrier import deliver_early, shared_address
 from tests.ptx.emulator.instructions.tensor_map import map_address, read_map
-from tests.ptx.emulator.ptx import TensorAddress
+from tests.ptx.emulator.program import TensorAddress
 from tests.ptx.emulator.tensor_map import TensorMap
 
 _ALIGNMENT = 128  # of a box in shared memory

@@ -16,7 +16,7 @@ from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.forms import instruction, nothing
 from tests.ptx.emulator.instructions.mbarrier import by_address, shared_address
 from tests.ptx.emulator.memory import Memory
-from tests.ptx.emulator.ptx import Address, Symbol
+from tests.ptx.emulator.program import Address, Symbol
 from tests.ptx.emulator.tensor_map import BYTES, TensorMap, replace
 
 _ALIGNMENT = 64

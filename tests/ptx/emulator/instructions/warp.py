@@ -17,7 +17,7 @@ from tests.ptx.emulator.build import Build
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.forms import instruction
 from tests.ptx.emulator.instructions.elementwise import expect_operands, require_type
-from tests.ptx.emulator.ptx import Immediate
+from tests.ptx.emulator.program import Immediate
 
 ALL = np.uint32(0xFFFFFFFF)
 _STATE = "warp"

@@ -21,7 +21,7 @@ from tests.ptx.emulator.instructions.fragments import accumulator, matrix_a
 from tests.ptx.emulator.instructions.matrix_types import BYTES, add_products, as_elements, decode
 from tests.ptx.emulator.instructions.together import together
 from tests.ptx.emulator.instructions.wgmma_operands import Operand, load
-from tests.ptx.emulator.ptx import Register, Vector
+from tests.ptx.emulator.program import Register, Vector
 from tests.ptx.emulator.types import size_of
 
 _M = 64

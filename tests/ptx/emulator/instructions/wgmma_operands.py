@@ -13,10 +13,10 @@ from functools import cache
 import numpy as np
 
 from tests.ptx.emulator.block import Block
+from tests.ptx.emulator.clocks import GRANULE
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.instructions.matrix_types import BYTES, decode
 from tests.ptx.emulator.memory import WRITTEN, SharedMemory
-from tests.ptx.emulator.races import GRANULE
 from tests.ptx.emulator.types import UNSIGNED
 
 CHUNK = 16  # bytes that every layout keeps together
