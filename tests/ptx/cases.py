@@ -31,13 +31,17 @@ Rule = Callable[[Resources], list[str]]
 
 @dataclass(frozen=True)
 class Case:
-    """A wrapper, or a CUDA kernel, for one architecture. `compiler` is "triton" or "nvcc"."""
+    """A wrapper, or a CUDA kernel, for one architecture. `compiler` is "triton" or "nvcc".
+
+    `inputs` say in docs/kernels.md what it is compiled for, where the name does not.
+    """
 
     name: str
     arch: int
     compiler: str
     records: Callable[[], list[Resources]]
     rules: tuple[Rule, ...] = ()
+    inputs: str = ""
 
     @property
     def id(self) -> str:
@@ -51,13 +55,15 @@ class Case:
         return [found for rule in (*gates.ALWAYS, *self.rules) for found in rule(record)]
 
 
-def _triton(name: str, arch: int, launch: Callable[[], object], *rules: Rule) -> Case:
+def _triton(
+    name: str, arch: int, launch: Callable[[], object], *rules: Rule, inputs: str = ""
+) -> Case:
     def records() -> list[Resources]:
         with compile_only(arch) as found:
             launch()
         return found
 
-    return Case(name, arch, "triton", records, rules)
+    return Case(name, arch, "triton", records, rules, inputs)
 
 
 @lru_cache(maxsize=4)
@@ -74,11 +80,12 @@ def _cuda(
     threads: int,
     *rules: Rule,
     dynamic_shared: int = 0,
+    inputs: str = "",
 ) -> Case:
     def records() -> list[Resources]:
         return [cuda_kernels(source, arch).resources(kernel, threads, dynamic_shared)]
 
-    return Case(name, int(arch.rstrip("a")), "nvcc", records, rules)
+    return Case(name, int(arch.rstrip("a")), "nvcc", records, rules, inputs)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -191,21 +198,33 @@ def _cuda_corpus(arch: str) -> list[Case]:
     return cases
 
 
+_CUDA_DTYPES = {"float": "float32", "__nv_bfloat16": "bfloat16", "__half": "float16"}
+
+
 def _cuda_layer_norm(arch: str) -> list[Case]:
     """C = 768 and 4096: a warp and a block per row."""
     cases = []
-    for low in ("float", "__nv_bfloat16", "__half"):
+    for low, dtype in _CUDA_DTYPES.items():
         for what, mode, threads in (
             ("fwd", 0, 128),
             ("bwd", 0, 128),
             ("fwd", 1, 256),
             ("bwd", 1, 256),
         ):
-            kernel = f"layer_norm_{what}_kernel<{low}, {low}, {low}, {mode}>"
-            name = f"layer_norm_{what}-{low.strip('_')}-{('warp', 'block')[mode]}"
-            cases.append(_cuda(name, arch, LAYER_NORM_CU, kernel, threads, gates.wide_accesses))
-    sums = "layer_norm_sums_kernel<float>"
-    return [*cases, _cuda("layer_norm_sums", arch, LAYER_NORM_CU, sums, 256)]
+            per_row = ("warp", "block")[mode]
+            cases.append(
+                _cuda(
+                    f"layer_norm_{what}-{low.strip('_')}-{per_row}",
+                    arch,
+                    LAYER_NORM_CU,
+                    f"layer_norm_{what}_kernel<{low}, {low}, {low}, {mode}>",
+                    threads,
+                    gates.wide_accesses,
+                    inputs=f"{dtype}, a {per_row} per row",
+                )
+            )
+    sums, inputs = "layer_norm_sums_kernel<float>", "float32"
+    return [*cases, _cuda("layer_norm_sums", arch, LAYER_NORM_CU, sums, 256, inputs=inputs)]
 
 
 # A tile of 768 columns is so small that the scalars of its rows and of dropout count.
@@ -215,7 +234,13 @@ LIBRARY = [
     *(_cuda("dropout_mask", arch, DROPOUT_CU, "dropout_mask_kernel", 256) for arch in CUDA_ARCHS),
     *(case for arch in CUDA_ARCHS for case in _cuda_layer_norm(arch)),
     *(
-        _triton(f"{raw}-{C}", arch, partial(_library_layer_norm, raw, C), _mostly_wide)
+        _triton(
+            f"{raw}-{C}",
+            arch,
+            partial(_library_layer_norm, raw, C),
+            _mostly_wide,
+            inputs=f"{raw}, (4096, {C}) bfloat16",
+        )
         for raw in ("layer_norm", "add_layer_norm")
         for C in (768, 8192)
         for arch in TRITON_ARCHS

@@ -65,13 +65,16 @@ def collect(cases: Iterable[Case]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def markdown(entries: Sequence[dict[str, Any]]) -> str:
-    head = ["kernel", "GPU", "threads", "registers", "stack", "spills", "shared memory", "blocks"]
+def markdown(entries: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """A row for each entry, which comes with what it was compiled for."""
+    head = ["kernel", "compiled for", "GPU", "threads", "registers", "stack", "spills"]
+    head += ["shared memory", "blocks"]
     rows = [head, ["-" * len(name) for name in head]]
-    for e in entries:
+    for inputs, e in entries:
         rows.append(
             [
                 f"`{e['name']}`",
+                inputs,
                 f"sm_{e['arch']}",
                 str(e["threads"]),
                 str(e["registers"]),
@@ -91,9 +94,10 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
 
 def table(golden: dict[str, dict[str, Any]], cases: Iterable[Case]) -> str:
     """docs/kernels.md, from the entries of the library's kernels."""
-    ids = [case.id for case in cases]
-    chosen = [golden[key] for key in golden if key.split("/")[0] in ids]
-    return _HEAD + markdown(chosen) + "\n"
+    by_id = {case.id: case for case in cases}
+    chosen = [(by_id[name], golden[key]) for key in golden if (name := key.split("/")[0]) in by_id]
+    chosen.sort(key=lambda one: (one[0].compiler, one[0].name, one[1]["name"], one[0].arch))
+    return _HEAD + markdown([(case.inputs or case.name, e) for case, e in chosen]) + "\n"
 
 
 def write(cases: Sequence[Case] = (*LIBRARY, *CORPUS)) -> None:

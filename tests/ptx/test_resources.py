@@ -144,6 +144,20 @@ def test_a_good_kernel_breaks_no_rule():
     assert [found for rule in rules for found in rule(GOOD)] == []
 
 
+def test_a_row_of_the_table_says_what_its_kernel_is_compiled_for():
+    entry = report.entry(GOOD)
+    cases = [
+        Case("op-768", 90, "triton", list, inputs="(4096, 768) bfloat16"),
+        Case("op-small", 90, "triton", list),
+    ]
+    golden = {f"{name}-sm_90/kernel": entry for name in ("op-768", "op-small", "of-the-corpus")}
+    lines = report.table(golden, cases).splitlines()[-4:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert rows[0][1] == "compiled for" and set(map(len, rows)) == {9}
+    assert [row[1] for row in rows[2:]] == ["(4096, 768) bfloat16", "op-small"]
+    assert rows[2][2:5] == ["sm_90", "128", "100"]
+
+
 def test_differences_from_the_golden_file_are_readable():
     before = report.entry(dataclasses.replace(GOOD, registers=90))
     assert report.differences(GOOD, before) == ["registers: 100, golden file: 90"]
