@@ -63,7 +63,8 @@ def _layer_norm_fwd_kernel(
         total = (residual + x).to(new_residual_ptr.dtype.element_ty)
         tl.store(new_residual_ptr + offs, total, mask=mask)
         x = total.to(tl.float32)
-    mean = tl.sum(x, 1) / C
+    # Rounded correctly: of equal elements the mean has to be that element.
+    mean = tl.div_rn(tl.sum(x, 1), tl.cast(C, tl.float32))
     centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps))
     weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
