@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastformer.ops.reference import dropout_scale, dropout_threshold
 
 
 @triton.jit
@@ -22,3 +25,10 @@ def keep_mask(seed, stream, rows, threshold, first_col, COLS: tl.constexpr):
     w0, w1, w2, w3 = tl.philox(seed, col_group, row, low, high)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return tl.interleave(words & 0xFFFF, words >> 16) >= threshold
+
+
+def launch_arguments(dropout_p: float, rng: Tensor | None, site: int) -> tuple[int, int, float]:
+    """What a kernel takes beside `rng`: the site, the threshold and the scale of what is kept."""
+    if rng is None:
+        return 0, 0, 1.0
+    return site, dropout_threshold(dropout_p), dropout_scale(dropout_p)

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.dropout import keep_mask
-from fastformer.ops.reference import dropout_scale, dropout_threshold
+from fastformer.kernels.dropout import keep_mask, launch_arguments
 
 MAX_C = 8192  # what the registers of sixteen warps hold in backward
 _TILE = 1024  # elements of narrow rows that a program takes at a time
@@ -184,12 +183,6 @@ def _launch_options(C: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_C": block_c, **options}
 
 
-def _dropout(dropout_p: float, rng: Tensor | None, site: int) -> tuple[int, int, float]:
-    if rng is None:
-        return 0, 0, 1.0
-    return site, dropout_threshold(dropout_p), dropout_scale(dropout_p)
-
-
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -223,7 +216,7 @@ def _forward(
             mean,
             rstd,
             eps,
-            *_dropout(dropout_p, rng, site),
+            *launch_arguments(dropout_p, rng, site),
             N,
             C,
             **options,
@@ -264,7 +257,7 @@ def _backward(
             grad_x,
             grad_residual,
             partial,
-            *_dropout(dropout_p, rng, site),
+            *launch_arguments(dropout_p, rng, site),
             N,
             C,
             programs,
