@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import fastformer
+from fastformer.ops import dispatch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,3 +71,19 @@ def target(request: pytest.FixtureRequest) -> Target:
     if request.param.arch is None and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU and a CUDA build of torch")
     return request.param
+
+
+@pytest.fixture
+def triton(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., AbstractContextManager[list]]:
+    """A block that runs every op by Triton, on the CPU where `target` is emulated."""
+
+    @contextmanager
+    def run(**options: Any) -> Iterator[list]:
+        with target.run(**options) as launches, fastformer.backend("triton"):
+            yield launches
+
+    if target.arch is not None:
+        monkeypatch.setattr(dispatch, "_device_type", lambda args: "cuda")
+    return run

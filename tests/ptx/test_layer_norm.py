@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ pytest.importorskip("triton", reason="needs Triton, which there is for Linux onl
 
 import fastformer
 from fastformer import add_layer_norm, layer_norm
-from fastformer.ops import dispatch, dropout_mask
+from fastformer.ops import dropout_mask
 
 N = 7
 SITE = 3
@@ -27,20 +25,6 @@ newer_triton = pytest.mark.newer_triton
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
 widths = pytest.mark.parametrize("C", [20, 127, 768, 1023])
 has_bias = pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
-
-
-@pytest.fixture
-def triton(target, monkeypatch):
-    """A block that runs every op by Triton, on the CPU where `target` is emulated."""
-
-    @contextmanager
-    def run(**options) -> Iterator[list]:
-        with target.run(**options) as launches, fastformer.backend("triton"):
-            yield launches
-
-    if target.arch is not None:
-        monkeypatch.setattr(dispatch, "_device_type", lambda args: "cuda")
-    return run
 
 
 def affine(C: int, has_bias: bool, device: str) -> dict[str, Tensor]:
