@@ -1,12 +1,21 @@
-"""The keep mask of `fastformer.ops.dropout` inside Triton kernels."""
+"""The keep mask of `fastformer.ops.dropout`: inside Triton kernels, and on its own.
+
+N rows, C columns.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastformer.ops.reference import dropout_scale, dropout_threshold
+
+_BLOCK_C = 256
+_TILE = 4096  # elements that a program draws
 
 
 @triton.jit
@@ -32,3 +41,49 @@ def launch_arguments(dropout_p: float, rng: Tensor | None, site: int) -> tuple[i
     if rng is None:
         return 0, 0, 1.0
     return site, dropout_threshold(dropout_p), dropout_scale(dropout_p)
+
+
+@triton.jit(do_not_specialize=["site", "threshold", "N"])
+def _dropout_mask_kernel(
+    rng_ptr,
+    keep_ptr,
+    site,
+    threshold,
+    N,
+    C,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    offs_m = (pid // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = pid % tiles_c * BLOCK_C
+    offs_c = first_col + tl.arange(0, BLOCK_C)
+    seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+    keep = keep_mask(seed, stream, offs_m, threshold, first_col, BLOCK_C)
+    offs = offs_m[:, None] * C + offs_c[None, :]
+    mask = (offs_m < N)[:, None] & (offs_c < C)[None, :]
+    tl.store(keep_ptr + offs, keep.to(tl.uint8), mask=mask)
+
+
+def refuse(*args: Any) -> None:
+    """The mask has no dtype and any shape: there is nothing to refuse."""
+
+
+def dropout_mask(rows: int, cols: int, p: float, rng: Tensor, site: int) -> Tensor:
+    keep = torch.empty((rows, cols), dtype=torch.bool, device=rng.device)
+    block_c = min(_BLOCK_C, max(16, triton.next_power_of_2(cols)))
+    block_m = _TILE // block_c
+    grid = (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_c),)
+    with torch.cuda.device_of(rng):
+        _dropout_mask_kernel[grid](
+            rng.contiguous(),
+            keep.view(torch.uint8),
+            site,
+            dropout_threshold(p),
+            rows,
+            cols,
+            BLOCK_M=block_m,
+            BLOCK_C=block_c,
+        )
+    return keep

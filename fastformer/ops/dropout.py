@@ -39,6 +39,7 @@ dispatch.define(
     fake=_mask_fake,
     native=("cpu", "cuda"),
 )
+dispatch.add_triton("dropout_mask", "dropout")
 
 
 def dropout_mask(rows: int, cols: int, dropout_p: float, rng: Tensor, site: int = 0) -> Tensor:

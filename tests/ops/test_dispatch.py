@@ -39,7 +39,7 @@ def test_explain_names_the_kernel_and_why_not_the_others():
     lines = text.splitlines()
     assert lines[0] == "dropout_mask: cpu (C++ kernels for the CPU)"
     assert "  not cuda: it takes cuda tensors, these are on cpu" in lines
-    assert "  not triton: there is no triton kernel for dropout_mask in this version" in lines
+    assert "  not triton: it takes cuda tensors, these are on cpu" in lines
     assert "  not reference: cpu is preferred here" in lines
     assert len(lines) == len(dispatch.BACKENDS)
 
@@ -75,7 +75,12 @@ def test_explain_says_when_the_forced_backend_cannot_run():
     with ops.backend("triton"):
         explanation = ops.explain("dropout", torch.zeros(4, 16), 0.5, rng=RNG)
     assert str(explanation).startswith("dropout_mask: none (nothing can run)")
-    assert "not triton: there is no triton kernel" in str(explanation)
+    assert "not triton: it takes cuda tensors" in str(explanation)
+
+
+def test_explain_names_the_op_that_a_backend_does_not_have():
+    text = str(ops.explain("linear", torch.zeros(6, 8), torch.zeros(9, 8)))
+    assert "not triton: there is no triton kernel for linear_fwd in this version" in text
 
 
 def test_explain_of_dropout_that_draws_nothing_is_empty():
@@ -137,7 +142,7 @@ def test_an_unknown_backend_suggests_the_nearest(name, hint):
     ("name", "rule"),
     [
         ("cuda", "it takes cuda tensors, these are on cpu"),
-        ("triton", "there is no triton kernel for dropout_mask in this version"),
+        ("triton", "it takes cuda tensors, these are on cpu"),
     ],
 )
 def test_a_forced_backend_that_cannot_run_is_an_error(name, rule):
