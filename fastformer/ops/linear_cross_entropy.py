@@ -56,6 +56,7 @@ dispatch.define(
     fake=_fwd_fake,
     native=("cpu",),
 )
+dispatch.add_triton("linear_cross_entropy_fwd", "linear_cross_entropy")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

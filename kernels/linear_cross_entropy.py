@@ -1,0 +1,187 @@
+"""The language-model head and its loss: chunks of logits that become their own gradient in place.
+
+The three matrix products are cuBLAS's, in the dtype of x. Between them one kernel reads a row of
+logits for its log-sum-exp (online: Milakov and Gimelshein, "Online normalizer calculation for
+softmax", 2018, section 3) and once more, out of the second-level cache, to write the gradient over
+it: no float32 logits, and never more than a chunk of them. The number of rows that count stays on
+the device, so that nothing waits for it.
+
+N rows, C model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_CHUNK_BYTES = 1 << 30  # of logits
+_LEAST_ROWS = 256  # the weight is read once more for every chunk
+_BLOCK_V = 8192  # logits that a program takes at a time
+_LOWEST = tl.constexpr(-1e38)  # not -inf, whose difference with itself is NaN
+
+
+# A thread takes whole vectors of VEC logits. Rows are padded to vectors, which keeps the mask of a
+# load uniform along a vector whatever V is.
+@triton.jit(do_not_specialize=["ignore_index"])
+def _cross_entropy_kernel(
+    logits_ptr,
+    targets_ptr,
+    count_ptr,
+    losses_ptr,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    V,
+    stride,
+    SMOOTHS: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    vectors = tl.arange(0, LANES) * VEC
+    offs = vectors[:, None] + tl.arange(0, VEC)[None, :]
+    target = tl.load(targets_ptr + row)
+    if target == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        if NEEDS_GRAD:
+            zeros = tl.zeros((LANES, VEC), dtype)
+            for start in range(0, V, LANES * VEC):
+                tl.store(logits_ptr + start + offs, zeros, mask=(start + vectors < V)[:, None])
+    else:
+        # Before anything is written over it. A target out of range makes the loss NaN.
+        known = (target >= 0) & (target < V)
+        wanted = tl.load(logits_ptr + target, mask=known, other=float("nan")).to(tl.float32)
+        top = tl.full((LANES,), _LOWEST, tl.float32)
+        total = tl.zeros((LANES,), tl.float32)
+        logit_sum = tl.zeros((LANES,), tl.float32)
+        for start in range(0, V, LANES * VEC):
+            mask = (start + vectors < V)[:, None]
+            logits = tl.load(logits_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+            inside = start + offs < V
+            if SMOOTHS:
+                logit_sum += tl.sum(tl.where(inside, logits, 0.0), 1)
+            logits = tl.where(inside, logits, float("-inf"))
+            new_top = tl.maximum(top, tl.max(logits, 1))
+            weights = tl.exp(logits - new_top[:, None])
+            total = total * tl.exp(top - new_top) + tl.sum(weights, 1)
+            top = new_top
+        row_top = tl.max(top, 0)
+        lse = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), 0))
+        loss = lse - (1.0 - label_smoothing) * wanted + z_loss * lse * lse
+        if SMOOTHS:
+            loss -= label_smoothing * (tl.sum(logit_sum, 0) / V)
+        share = 1.0
+        if count_ptr is not None:
+            share = 1.0 / tl.load(count_ptr).to(tl.float32)
+        tl.store(losses_ptr + row, loss * share)
+        if NEEDS_GRAD:
+            slope = (1.0 + 2.0 * z_loss * lse) * share
+            offset = label_smoothing / V * share
+            at_target = (1.0 - label_smoothing) * share
+            for start in range(0, V, LANES * VEC):
+                mask = (start + vectors < V)[:, None]
+                logits = tl.load(logits_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+                grad = tl.exp(logits - lse) * slope
+                if SMOOTHS:
+                    grad -= offset
+                grad = tl.where(start + offs == target, grad - at_target, grad)
+                tl.store(logits_ptr + start + offs, grad.to(dtype), mask=mask)
+
+
+def refuse(*args: Any) -> str | None:
+    """Why the kernel cannot run linear_cross_entropy_fwd on `args`, or None."""
+    if args[0].dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, got float64"
+    return None
+
+
+def _with_column(matrix: Tensor, column: Tensor) -> Tensor:
+    """`matrix` with one more column, and zeros up to a multiple of 8, as fast products need."""
+    C = matrix.shape[1]
+    wider = matrix.new_zeros((matrix.shape[0], C // 8 * 8 + 8))
+    wider[:, :C] = matrix
+    wider[:, C] = column
+    return wider
+
+
+def _chunk_rows(N: int, bytes_per_row: int) -> int:
+    """Rows of a chunk: all chunks but the last are equal, and their parts of any tensor aligned."""
+    most = max(_LEAST_ROWS, _CHUNK_BYTES // bytes_per_row)
+    chunks = max(1, triton.cdiv(N, most))
+    return triton.cdiv(max(1, triton.cdiv(N, chunks)), 64) * 64
+
+
+def linear_cross_entropy_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    mean: bool,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (N, C), V = x.shape, weight.shape[0]
+    targets = targets.contiguous()
+    counted = targets != ignore_index
+    count = counted.sum().clamp_(min=1) if mean else None
+    # The gradient of a row that does not count is zero, but zero times NaN is not.
+    rows = torch.where(counted[:, None], x, 0.0)
+    table = weight
+    if bias is not None:
+        # The bias is a column of the weight whose input is 1: added before the one rounding of a
+        # logit, and its gradient comes with that of the weight.
+        rows = _with_column(rows, counted.to(x.dtype))
+        table = _with_column(weight, bias.to(x.dtype))
+    losses = x.new_empty(N, dtype=torch.float32)
+    grad_x = x.new_empty(x.shape if needs_grad else 0)
+    grad_table: Tensor | None = None
+    vec = 16 // x.element_size()
+    stride = triton.cdiv(V, 64) * 64
+    block = min(_BLOCK_V, max(512, triton.next_power_of_2(V)))
+    options = {"LANES": block // vec, "VEC": vec, "num_warps": min(16, block // 512)}
+    length = _chunk_rows(N, stride * x.element_size())
+    padded = x.new_empty((min(length, N), stride))
+    padded[:, V:] = 0.0
+    for first in range(0, N, length):
+        chunk = rows[first : first + length]
+        size = chunk.shape[0]
+        logits = padded[:size, :V]
+        torch.mm(chunk, table.t(), out=logits)
+        with torch.cuda.device_of(x):
+            _cross_entropy_kernel[(size,)](
+                padded,
+                targets[first:],
+                count,
+                losses[first:],
+                ignore_index,
+                label_smoothing,
+                z_loss,
+                V,
+                stride,
+                SMOOTHS=label_smoothing > 0.0,
+                NEEDS_GRAD=needs_grad,
+                **options,
+            )
+        if needs_grad:
+            torch.mm(logits, weight, out=grad_x[first : first + size])
+            product = logits.t() @ chunk
+            # One chunk is rounded once. Of several the sum is float32.
+            grad_table = product if grad_table is None else grad_table.float().add_(product)
+    loss = losses.sum()
+    if not needs_grad:
+        return loss, grad_x, x.new_empty(0), x.new_empty(0)
+    if grad_table is None:
+        grad_table = torch.zeros_like(table)
+    if bias is None:
+        return loss, grad_x, grad_table.to(weight.dtype), x.new_empty(0)
+    grad_weight = grad_table[:, :C].to(weight.dtype, copy=True)
+    return loss, grad_x, grad_weight, grad_table[:, C].to(bias.dtype, copy=True)
