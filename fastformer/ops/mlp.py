@@ -64,6 +64,9 @@ dispatch.define(
     native=("cpu",),
 )
 
+for _op in ("mlp_fwd", "mlp_bwd"):
+    dispatch.add_triton(_op, "mlp")
+
 
 class _MLP(torch.autograd.Function):
     @staticmethod

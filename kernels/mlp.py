@@ -1,0 +1,302 @@
+"""The feed-forward layer: what lies between its matrix products is done where they end.
+
+Two products of the seven are Triton's: x w1^T, which goes on to the bias, GELU and dropout, and
+grad_out w2, which goes on to their derivatives, the hidden activation once more (for the gradient
+of w2) and the sums for the bias, one row of them per tile, so that the same inputs give the same
+bits. The others are cuBLAS's. Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, for GELU.
+
+N rows, C model dim, F hidden dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastformer.kernels.dropout import keep_mask, launch_arguments
+from fastformer.kernels.product import columns, has_tma, matrix, operands, product, tile_of
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+# sqrt(2 / pi) (x + 0.044715 x^3) is half of the argument of a sigmoid.
+_TANH_LINEAR = tl.constexpr(1.5957691216057308)
+_TANH_CUBIC = tl.constexpr(0.07135481627260025)
+
+
+# One instruction each: elsewhere the compiler adds three that scale denormal numbers, which are as
+# good as zero here. The epilogue of a tile has hardly more time than its product.
+@triton.jit
+def _exp2(x):
+    asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _reciprocal(x):
+    asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _gelu_and_slope(x, TANH: tl.constexpr):
+    square = x * x
+    if TANH:
+        u = x * (_TANH_LINEAR + _TANH_CUBIC * square)
+        # Of -|u|, which cannot overflow; the slope of a sigmoid is e / (1 + e)^2 on both sides.
+        e = _exp2(-_LOG2_E * tl.abs(u))
+        r = _reciprocal(1.0 + e)
+        tail = e * r
+        share = tl.where(x < 0.0, tail, r)
+        slope = share + x * (tail * r) * (_TANH_LINEAR + 3.0 * _TANH_CUBIC * square)
+    else:
+        # Half of erfc(|x| / sqrt 2), to 8e-8 (Abramowitz and Stegun, 7.1.26): unlike that of a
+        # library it has no branches, and its exponential is the one of the slope.
+        e = _exp2(-0.5 * _LOG2_E * square)
+        t = _reciprocal(1.0 + 0.2316418882663604 * tl.abs(x))
+        tail = ((0.5307027145 * t - 0.7265760135) * t + 0.7107068705) * t
+        tail = ((tail - 0.142248368) * t + 0.127414796) * t * e
+        share = tl.where(x < 0.0, tail, 1.0 - tail)
+        slope = share + x * (_INV_SQRT_2PI * e)
+    return x * share, slope
+
+
+# What is not specialised would compile a kernel anew for another batch size or dropout site.
+@triton.jit(do_not_specialize=["site", "threshold", "N"])
+def _mlp_fwd_kernel(
+    x,
+    w1,
+    b1_ptr,
+    rng_ptr,
+    pre_ptr,
+    hidden_ptr,
+    site,
+    threshold,
+    scale,
+    N,
+    C,
+    F,
+    stride_xn,
+    stride_xc,
+    stride_wf,
+    stride_wc,
+    TANH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PART: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(N, BLOCK_M), tl.cdiv(F, BLOCK_N)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = product(
+        x,
+        w1,
+        tile_m,
+        tile_n,
+        N,
+        F,
+        C,
+        stride_xn,
+        stride_xc,
+        stride_wc,
+        stride_wf,
+        True,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    mask_m = (offs_m < N)[:, None]
+    parts = columns(acc, BLOCK_M, BLOCK_N, PART)
+    for i in tl.static_range(BLOCK_N // PART):
+        first_n = tile_n * BLOCK_N + i * PART
+        offs_n = first_n + tl.arange(0, PART)
+        mask_n = offs_n < F
+        pre = parts[i]
+        if b1_ptr is not None:
+            pre += tl.load(b1_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        offs, mask = offs_m[:, None] * F + offs_n[None, :], mask_m & mask_n[None, :]
+        # The activation is that of the pre-activation as it is stored, which backward reads.
+        pre = pre.to(pre_ptr.dtype.element_ty)
+        tl.store(pre_ptr + offs, pre, mask=mask)
+        hidden, _ = _gelu_and_slope(pre.to(tl.float32), TANH)
+        if rng_ptr is not None:
+            seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+            keep = keep_mask(seed, stream, offs_m, threshold, first_n, PART)
+            hidden = tl.where(keep, hidden * scale, 0.0)
+        tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["site", "threshold", "N"])
+def _mlp_bwd_kernel(
+    grad_out,
+    w2,
+    pre_ptr,
+    rng_ptr,
+    grad_pre_ptr,
+    hidden_ptr,
+    partial_ptr,
+    site,
+    threshold,
+    scale,
+    N,
+    C,
+    F,
+    stride_gn,
+    stride_gc,
+    stride_wc,
+    stride_wf,
+    TANH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PART: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(N, BLOCK_M), tl.cdiv(F, BLOCK_N)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = product(
+        grad_out,
+        w2,
+        tile_m,
+        tile_n,
+        N,
+        F,
+        C,
+        stride_gn,
+        stride_gc,
+        stride_wc,
+        stride_wf,
+        False,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    mask_m = (offs_m < N)[:, None]
+    partial_ptr += tile_m.to(tl.int64) * F
+    parts = columns(acc, BLOCK_M, BLOCK_N, PART)
+    for i in tl.static_range(BLOCK_N // PART):
+        first_n = tile_n * BLOCK_N + i * PART
+        offs_n = first_n + tl.arange(0, PART)
+        mask_n = offs_n < F
+        offs, mask = offs_m[:, None] * F + offs_n[None, :], mask_m & mask_n[None, :]
+        pre = tl.load(pre_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        hidden, slope = _gelu_and_slope(pre, TANH)
+        grad = parts[i] * slope
+        if rng_ptr is not None:
+            seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+            keep = keep_mask(seed, stream, offs_m, threshold, first_n, PART)
+            hidden = tl.where(keep, hidden * scale, 0.0)
+            grad = tl.where(keep, grad * scale, 0.0)
+        tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_pre_ptr + offs, grad.to(grad_pre_ptr.dtype.element_ty), mask=mask)
+        # Rows beyond the last are zero in the product.
+        tl.store(partial_ptr + offs_n, tl.sum(grad, 0), mask=mask_n)
+
+
+def refuse(*args: Any) -> str | None:
+    """Why these kernels cannot run a raw op of ops/mlp.py on `args`, or None."""
+    if args[0].dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, got float64"
+    return None
+
+
+def _launch_options(dtype: torch.dtype, tma: bool) -> dict[str, Any]:
+    """Two tiles fit into a multiprocessor: the epilogue of one hides behind the other's product.
+
+    An epilogue takes PART columns at a time, as all of them would not fit into its registers.
+    """
+    if dtype == torch.float32:
+        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+        return {**tile, "GROUP": 8, "PART": 32, "num_warps": 4, "num_stages": 3}
+    tile = {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP": 8, "num_warps": 8, "maxnreg": 128}
+    if tma:
+        return {**tile, "BLOCK_K": 64, "PART": 32, "num_stages": 3}
+    return {**tile, "BLOCK_K": 32, "PART": 16, "num_stages": 4}
+
+
+def mlp_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    tanh: bool,
+    dropout_p: float,
+    rng: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    rows, w1 = matrix(x), matrix(w1)
+    (N, C), F = rows.shape, w1.shape[0]
+    pre, hidden = (x.new_empty((N, F)) for _ in range(2))
+    tma = has_tma(rows, w1)
+    options = _launch_options(x.dtype, tma)
+    tiles = triton.cdiv(N, options["BLOCK_M"]) * triton.cdiv(F, options["BLOCK_N"])
+    with torch.cuda.device_of(x):
+        _mlp_fwd_kernel[(tiles,)](
+            *operands(rows, w1, True, tma, options),
+            None if b1 is None else b1.contiguous(),
+            None if rng is None else rng.contiguous(),
+            pre,
+            hidden,
+            *launch_arguments(dropout_p, rng, site),
+            N,
+            C,
+            F,
+            *rows.stride(),
+            *w1.stride(),
+            TANH=tanh,
+            **options,
+        )
+    out = hidden @ w2.t() if b2 is None else torch.addmm(b2, hidden, w2.t())
+    # Not view: the result of an op is a tensor of its own, which may be changed in place.
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], w2.shape[0])), pre
+
+
+def mlp_bwd(
+    grad_out: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    pre: Tensor,
+    tanh: bool,
+    dropout_p: float,
+    rng: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, grad, dense_w2 = x.reshape(-1, x.shape[-1]), matrix(grad_out), matrix(w2)
+    (N, C), F = grad.shape, w2.shape[1]
+    grad_pre, hidden = (x.new_empty((N, F)) for _ in range(2))
+    tma = has_tma(grad, dense_w2)
+    options = _launch_options(x.dtype, tma)
+    tiles_m = triton.cdiv(N, options["BLOCK_M"])
+    partial = x.new_empty((tiles_m, F), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _mlp_bwd_kernel[(tiles_m * triton.cdiv(F, options["BLOCK_N"]),)](
+            *operands(grad, dense_w2, False, tma, options),
+            pre.contiguous(),
+            None if rng is None else rng.contiguous(),
+            grad_pre,
+            hidden,
+            partial,
+            *launch_arguments(dropout_p, rng, site),
+            N,
+            C,
+            F,
+            *grad.stride(),
+            *dense_w2.stride(),
+            TANH=tanh,
+            **options,
+        )
+    return (
+        (grad_pre @ w1).view(x.shape),
+        grad_pre.t() @ rows,
+        partial.sum(0).to(x.dtype),
+        grad.t() @ hidden,
+        grad.sum(0, dtype=torch.float32).to(x.dtype),
+    )
