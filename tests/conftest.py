@@ -25,9 +25,9 @@ BACKENDS = {
     "attention_varlen": (*REFERENCE, ("cpu", "cpu")),
     "layer_norm": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")),
     "linear": (*REFERENCE, ("cpu", "cpu")),
-    "mlp": (*REFERENCE, ("cpu", "cpu")),
-    "linear_cross_entropy": (*REFERENCE, ("cpu", "cpu")),
-    "dropout": (*REFERENCE, ("cpu", "cpu"), ("cuda", "cuda")),
+    "mlp": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda")),
+    "linear_cross_entropy": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda")),
+    "dropout": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")),
 }
 
 # What kernels take; the reference takes all, float64 too.

@@ -54,11 +54,14 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "adamw_step": ("cpu", "reference"),
     },
     "cuda": {  # in an order that no measurement has confirmed yet
-        "dropout_mask": ("cuda", "reference"),
+        "dropout_mask": ("triton", "cuda", "reference"),
         "layer_norm_fwd": ("triton", "cuda", "reference"),
         "layer_norm_bwd": ("triton", "cuda", "reference"),
         "add_layer_norm_fwd": ("triton", "cuda", "reference"),
         "add_layer_norm_bwd": ("triton", "cuda", "reference"),
+        "mlp_fwd": ("triton", "reference"),
+        "mlp_bwd": ("triton", "reference"),
+        "linear_cross_entropy_fwd": ("triton", "reference"),
     },
 }
 # Backends whose kernels were executed only by an emulator so far. One leaves this set when its

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
+from fastformer.kernels import dropout as library_dropout
 from fastformer.kernels import layer_norm as library_layer_norm
+from fastformer.kernels import linear_cross_entropy as library_cross_entropy
+from fastformer.kernels import mlp as library_mlp
 from tests.ptx import gates, nvcc
 from tests.ptx.kernels import attention, attention_bwd, dropout, layer_norm, matmul, reductions
 from tests.ptx.resources import Resources, compile_only
@@ -110,6 +113,26 @@ def _library_layer_norm(raw: str, C: int) -> None:
     else:
         library_layer_norm.add_layer_norm_fwd(x, x, weight, weight, 1e-5, x.dtype, *drop)
         library_layer_norm.add_layer_norm_bwd(x, x, x, weight, mean, mean, x.dtype, *drop)
+
+
+def _library_mlp(dtype: torch.dtype, tanh: bool, drops: bool) -> None:
+    x, hidden = _meta(4096, 768, dtype=dtype), _meta(4096, 3072, dtype=dtype)
+    w1, w2 = _meta(3072, 768, dtype=dtype), _meta(768, 3072, dtype=dtype)
+    b1, b2 = w1[:, 0].contiguous(), w2[:, 0].contiguous()
+    settings = (tanh, 0.1, _meta(2, dtype=torch.int64), 1) if drops else (tanh, 0.0, None, 0)
+    library_mlp.mlp_fwd(x, w1, b1, w2, b2, *settings)
+    library_mlp.mlp_bwd(x, x, w1, w2, hidden, *settings)
+
+
+def _library_cross_entropy(dtype: torch.dtype, smoothing: float) -> None:
+    x, weight = _meta(4096, 768, dtype=dtype), _meta(50257, 768, dtype=dtype)
+    targets = _meta(4096, dtype=torch.int64)
+    settings = (-100, smoothing, 0.0, True, True)
+    library_cross_entropy.linear_cross_entropy_fwd(x, weight, None, targets, *settings)
+
+
+def _library_dropout_mask() -> None:
+    library_dropout.dropout_mask(4096, 768, 0.1, _meta(2, dtype=torch.int64), 1)
 
 
 def _attention_fwd(D: int, block_m: int, descriptors: bool) -> None:
@@ -227,6 +250,44 @@ def _cuda_layer_norm(arch: str) -> list[Case]:
     return [*cases, _cuda("layer_norm_sums", arch, LAYER_NORM_CU, sums, 256, inputs=inputs)]
 
 
+def _library_mlp_cases(arch: int) -> list[Case]:
+    cases = []
+    for name, dtype, tanh, drops in (
+        ("mlp-bf16", torch.bfloat16, False, False),
+        ("mlp-bf16-tanh", torch.bfloat16, True, False),
+        ("mlp-bf16-dropout", torch.bfloat16, False, True),
+        ("mlp-float32", torch.float32, False, False),
+    ):
+        inputs = f"(4096, 768) to 3072 {str(dtype)[6:]}, {'tanh' if tanh else 'erf'}"
+        inputs += ", dropout" if drops else ""
+        tile = library_mlp._launch_options(dtype, tma=arch >= 90)
+        products = 3 if dtype == torch.float32 else 1
+        flops = products * 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"]
+        rules: list[Rule] = [gates.uses_tensor_cores, gates.copies_asynchronously]
+        if arch < 100:  # later ones do not have the shape of a product in its instruction
+            rules.append(partial(gates.no_redundant_matrix_work, useful_flops=flops))
+        launch = partial(_library_mlp, dtype, tanh, drops)
+        cases.append(_triton(name, arch, launch, *rules, inputs=inputs))
+    return cases
+
+
+def _library_cross_entropy_cases(arch: int) -> list[Case]:
+    return [
+        _triton(
+            f"linear_cross_entropy-{name}",
+            arch,
+            partial(_library_cross_entropy, dtype, smoothing),
+            gates.wide_accesses,
+            inputs=f"(4096, 768) to 50257 {str(dtype)[6:]}" + ", smoothing" * (smoothing > 0),
+        )
+        for name, dtype, smoothing in (
+            ("bf16", torch.bfloat16, 0.0),
+            ("bf16-smoothing", torch.bfloat16, 0.1),
+            ("float32", torch.float32, 0.0),
+        )
+    ]
+
+
 # A tile of 768 columns is so small that the scalars of its rows and of dropout count.
 _mostly_wide = partial(gates.wide_accesses, share=0.8)
 
@@ -245,6 +306,12 @@ LIBRARY = [
         for C in (768, 8192)
         for arch in TRITON_ARCHS
     ),
+    *(
+        _triton("triton-dropout_mask", arch, _library_dropout_mask, inputs="(4096, 768)")
+        for arch in TRITON_ARCHS
+    ),
+    *(case for arch in TRITON_ARCHS for case in _library_mlp_cases(arch)),
+    *(case for arch in TRITON_ARCHS for case in _library_cross_entropy_cases(arch)),
 ]
 CORPUS = [
     *_corpus(80),
