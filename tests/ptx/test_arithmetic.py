@@ -59,6 +59,8 @@ def _integer_result(parts: list[str], kind: str, a: int, b: int = 0, c: int = 0)
         "abs": abs(a),
         "sad": c + abs(a - b),
     }[base]
+    if "relu" in parts:
+        return max(value, 0)
     return clamp(value, kind) if "sat" in parts else value
 
 

@@ -146,14 +146,21 @@ def rem(build: Build) -> Execute:
 # ---- the rest
 
 
-@instruction(f"min.{_INTEGERS}")
+def _extreme(build: Build, of_two: np.ufunc) -> Execute:
+    def positive(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.maximum(of_two(a, b), np.int32(0))
+
+    return elementwise(build, positive if build.has("relu") else of_two, build.type, build.type)
+
+
+@instruction(f"min.{_INTEGERS}", "min.{relu:relu}.{type:s32}")
 def minimum(build: Build) -> Execute:
-    return elementwise(build, np.minimum, build.type, build.type)
+    return _extreme(build, np.minimum)
 
 
-@instruction(f"max.{_INTEGERS}")
+@instruction(f"max.{_INTEGERS}", "max.{relu:relu}.{type:s32}")
 def maximum(build: Build) -> Execute:
-    return elementwise(build, np.maximum, build.type, build.type)
+    return _extreme(build, np.maximum)
 
 
 @instruction(f"neg.{_SIGNED}")
