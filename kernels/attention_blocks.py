@@ -116,11 +116,13 @@ def dropout_state(rng_ptr, site):
 
 def refuse(*args: Any) -> str | None:
     """Why the kernels for long and for packed sequences cannot run on `args`, or None."""
-    dtype, D = args[0].dtype, args[0].shape[-1]
-    if dtype == torch.float64:
+    H, D = args[0].shape[-2:]
+    if args[0].dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, got float64"
     if D % 8 or not 0 < D <= 128:
         return f"head_dim must be a multiple of 8 and at most 128, got {D}"
+    if 3 * H * D >= _MAX_STRIDE:  # of a packed gradient
+        return f"it takes less than {_MAX_STRIDE // 3} elements in a token, got {H * D} (H={H})"
     return None
 
 

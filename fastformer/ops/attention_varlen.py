@@ -57,6 +57,9 @@ dispatch.define(
     native=("cpu",),
 )
 
+for _op in ("attention_varlen_fwd", "attention_varlen_bwd", "attention_varlen_qkvpacked_bwd"):
+    dispatch.add_triton(_op, "attention_varlen")
+
 
 class _AttentionVarlen(torch.autograd.Function):
     @staticmethod
