@@ -1,0 +1,127 @@
+"""Attention of few queries to many keys, as when tokens are generated one by one.
+
+One head has too little work for a GPU's multiprocessors, so that its keys are split into chunks
+which a first launch attends to at the same time; a second one puts the chunks together in order
+(Dao et al., "Flash-Decoding for long-context inference", 2023).
+
+B sequences, T query tokens, S key tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastformer.kernels.attention_blocks import LN_2, LOG2_E, head_block
+from fastformer.kernels.attention_long import launch_forward
+from fastformer.kernels.dropout import launch_arguments
+
+MAX_T = 16  # queries that a program takes, the rows of a product on tensor cores
+_PROGRAMS = 256  # enough to read at the speed of memory
+_LEAST_CHUNK = 128  # keys that are worth a program
+_MAX_CHUNKS = 64
+
+
+@triton.jit(do_not_specialize=["T", "H", "rows", "chunks"])
+def _attention_decode_combine_kernel(
+    partial_out_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    T,
+    H,
+    rows,
+    chunks,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum the outputs of a row's chunks, each weighted by its share of the sum of the softmax."""
+    row = tl.program_id(0).to(tl.int64)  # (b * T + t) * H + h
+    token, h = row // H, row % H
+    statistic = (token // T * H + h) * T + token % T
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_c = offs_c < chunks
+    offs_rows = offs_c.to(tl.int64) * rows
+    lse = tl.load(partial_lse_ptr + offs_rows + statistic, mask=mask_c, other=float("-inf"))
+    lse *= LOG2_E
+    top = tl.max(lse, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)  # no chunk has seen a key
+    weight = tl.exp2(lse - top)
+    total = tl.sum(weight, 0)
+    offs = (offs_rows + row)[:, None] * D + offs_d[None, :]
+    mask = mask_c[:, None] & (offs_d < D)[None, :]
+    partial = tl.load(partial_out_ptr + offs, mask=mask, other=0.0)
+    out = tl.sum(partial * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(out_ptr + row * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)
+    tl.store(lse_ptr + statistic, (top + tl.log2(total)) * LN_2)
+
+
+def _chunk(programs: int, S: int, block_n: int) -> int:
+    """Keys of a chunk, from the sizes alone, so that every GPU adds in the same order."""
+    chunks = min(_MAX_CHUNKS, triton.cdiv(_PROGRAMS, max(1, programs)), S // _LEAST_CHUNK)
+    return triton.cdiv(triton.cdiv(S, max(1, chunks)), block_n) * block_n
+
+
+def _launch_options(D: int, size: int) -> dict[str, int]:
+    shared = {"D": D, "BLOCK_D": head_block(D), "BLOCK_M": MAX_T, "num_warps": 4}
+    return shared | {"BLOCK_N": 64 if size == 2 else 32, "num_stages": 3}
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    """What `attention_long.forward` returns, at any T, and faster where T is small and S long."""
+    B, T, H, D = q.shape
+    S = k.shape[1]
+    options = _launch_options(D, q.element_size())
+    chunk = max(1, _chunk(B * H * triton.cdiv(T, MAX_T), S, options["BLOCK_N"]))
+    chunks = max(1, triton.cdiv(S, chunk))
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    partial_out = q.new_empty((chunks, *q.shape), dtype=torch.float32) if chunks > 1 else out
+    partial_lse = q.new_empty((chunks, B, H, T), dtype=torch.float32) if chunks > 1 else lse
+    launch_forward(
+        q,
+        k,
+        v,
+        partial_out,
+        partial_lse,
+        (None, None),
+        key_lengths,
+        (B, T, S),
+        causal,
+        scale,
+        launch_arguments(dropout_p, rng, site),
+        rng,
+        chunk=chunk,
+        options=options,
+    )
+    if chunks > 1:
+        with torch.cuda.device_of(q):
+            _attention_decode_combine_kernel[(B * T * H,)](
+                partial_out,
+                partial_lse,
+                out,
+                lse,
+                T,
+                H,
+                B * T * H,
+                chunks,
+                D=D,
+                BLOCK_D=options["BLOCK_D"],
+                BLOCK_C=triton.next_power_of_2(chunks),
+                num_warps=4,
+            )
+    return out, lse
