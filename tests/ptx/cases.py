@@ -13,6 +13,12 @@ from pathlib import Path
 import torch
 
 from fastformer.kernels import dropout as library_dropout
+from fastformer.kernels import (
+    attention_decode,
+    attention_long,
+    attention_long_bwd,
+    attention_varlen,
+)
 from fastformer.kernels import layer_norm as library_layer_norm
 from fastformer.kernels import linear_cross_entropy as library_cross_entropy
 from fastformer.kernels import mlp as library_mlp
@@ -135,6 +141,30 @@ def _library_dropout_mask() -> None:
     library_dropout.dropout_mask(4096, 768, 0.1, _meta(2, dtype=torch.int64), 1)
 
 
+def _attention_long(
+    D: int, causal: bool, dropout_p: float = 0.0, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Both directions of self-attention on one packed projection, 1024 tokens."""
+    q, k, v = _meta(4, 1024, 3, 12, D, dtype=dtype).unbind(2)
+    rng = _meta(2, dtype=torch.int64) if dropout_p else None
+    settings = (None, causal, 0.125, dropout_p, rng, 1)
+    out, lse = attention_long.forward(q, k, v, *settings)
+    grads = _meta(4, 1024, 3, 12, D, dtype=dtype).unbind(2)
+    attention_long.backward(out, q, k, v, out, lse, *settings, *grads)
+
+
+def _attention_varlen() -> None:
+    qkv, starts = _meta(4096, 3, 12, 64), _meta(9, dtype=torch.int32)
+    lengths, settings = (starts, starts, 1024, 1024), (True, 0.125, 0.0, None, 0)
+    out, lse = attention_varlen.attention_varlen_fwd(*qkv.unbind(1), *lengths, *settings)
+    attention_varlen.attention_varlen_qkvpacked_bwd(out, qkv, out, lse, starts, 1024, *settings)
+
+
+def _attention_decode(D: int) -> None:
+    cache = _meta(1, 1024, 12, D)
+    attention_decode.forward(cache[:, :1], cache, cache, None, True, 0.125, 0.0, None, 0)
+
+
 def _attention_fwd(D: int, block_m: int, descriptors: bool) -> None:
     q = _meta(16, 1024, D)
     options = {"block_m": block_m, "num_warps": 8 if block_m * D > 128 * 64 else 4}
@@ -159,18 +189,51 @@ def _dropout() -> None:
     dropout.dropout(_meta(1 << 20), 0.1, 3)
 
 
+_PRODUCTS = (gates.uses_tensor_cores, gates.copies_asynchronously)
+
+
 def _useful_attention_flops(record: Resources, block_m: int, D: int) -> list[str]:
     """Two products of a tile of rows with 64 keys in a turn."""
     return gates.no_redundant_matrix_work(record, 2 * 2 * block_m * 64 * D)
 
 
+def _useful_attention_long_flops(record: Resources, D: int, dropout: bool) -> list[str]:
+    of_q, of_kv = attention_long_bwd.launch_options(D, 2, dropout)
+    products, tile = {
+        "_attention_long_fwd_kernel": (2, attention_long.launch_options(D, 2, dropout)),
+        "_attention_long_bwd_q_kernel": (3, of_q),
+        "_attention_long_bwd_kv_kernel": (4, of_kv),
+    }[record.name]
+    useful = products * 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * D
+    return gates.no_redundant_matrix_work(record, useful)
+
+
+def _library_attention(arch: int) -> list[Case]:
+    cases = []
+    for name, D, options in (
+        ("64-full", 64, {"causal": False}),
+        ("64-causal", 64, {"causal": True}),
+        ("64-dropout", 64, {"causal": True, "dropout_p": 0.1}),
+        ("128-causal", 128, {"causal": True}),
+    ):
+        launch = partial(_attention_long, D, **options)
+        useful = partial(_useful_attention_long_flops, D=D, dropout="dropout_p" in options)
+        cases.append(_triton(f"attention_long-{name}", arch, launch, *_PRODUCTS, useful))
+    launch = partial(_attention_long, 64, True, dtype=torch.float32)
+    cases.append(_triton("attention_long-64-float32", arch, launch))
+    useful = partial(_useful_attention_long_flops, D=64, dropout=False)
+    cases.append(_triton("attention_varlen", arch, _attention_varlen, *_PRODUCTS, useful))
+    for D in (64, 128):
+        cases.append(_triton(f"attention_decode-{D}", arch, partial(_attention_decode, D)))
+    return cases
+
+
 def _corpus(arch: int) -> list[Case]:
-    tensor = (gates.uses_tensor_cores, gates.copies_asynchronously)
     cases = [
         _triton("layer_norm", arch, _layer_norm),
         _triton("attention_bwd", arch, _attention_bwd),
-        _triton("matmul-bf16", arch, partial(_matmul, torch.bfloat16, "ieee"), *tensor),
-        _triton("matmul-tf32", arch, partial(_matmul, torch.float32, "tf32"), *tensor),
+        _triton("matmul-bf16", arch, partial(_matmul, torch.bfloat16, "ieee"), *_PRODUCTS),
+        _triton("matmul-tf32", arch, partial(_matmul, torch.float32, "tf32"), *_PRODUCTS),
         _triton("column_sums", arch, _column_sums),
         _triton("dropout", arch, _dropout, gates.wide_accesses),
     ]
@@ -178,10 +241,10 @@ def _corpus(arch: int) -> list[Case]:
     for D in (64, 128):
         useful = partial(_useful_attention_flops, block_m=block_m, D=D)
         launch = partial(_attention_fwd, D, block_m, False)
-        cases.append(_triton(f"attention_fwd-{D}", arch, launch, *tensor, useful))
+        cases.append(_triton(f"attention_fwd-{D}", arch, launch, *_PRODUCTS, useful))
         if arch >= 90:
             launch = partial(_attention_fwd, D, block_m, True)
-            cases.append(_triton(f"attention_fwd_tma-{D}", arch, launch, *tensor, useful))
+            cases.append(_triton(f"attention_fwd_tma-{D}", arch, launch, *_PRODUCTS, useful))
     return cases
 
 
@@ -312,6 +375,7 @@ LIBRARY = [
     ),
     *(case for arch in TRITON_ARCHS for case in _library_mlp_cases(arch)),
     *(case for arch in TRITON_ARCHS for case in _library_cross_entropy_cases(arch)),
+    *(case for arch in TRITON_ARCHS for case in _library_attention(arch)),
 ]
 CORPUS = [
     *_corpus(80),
