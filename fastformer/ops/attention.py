@@ -70,6 +70,9 @@ dispatch.define(
     native=("cpu",),
 )
 
+for _op in ("attention_fwd", "attention_bwd", "attention_qkvpacked_bwd"):
+    dispatch.add_triton(_op, "attention")
+
 
 class _Attention(torch.autograd.Function):
     @staticmethod
