@@ -19,6 +19,7 @@ from fastformer.kernels import (
     attention_long_bwd,
     attention_varlen,
 )
+from fastformer.kernels import attention as library_attention
 from fastformer.kernels import layer_norm as library_layer_norm
 from fastformer.kernels import linear_cross_entropy as library_cross_entropy
 from fastformer.kernels import mlp as library_mlp
@@ -163,6 +164,16 @@ def _attention_varlen() -> None:
 def _attention_decode(D: int) -> None:
     cache = _meta(1, 1024, 12, D)
     attention_decode.forward(cache[:, :1], cache, cache, None, True, 0.125, 0.0, None, 0)
+
+
+def _attention_short(T: int, D: int, causal: bool, dropout_p: float) -> None:
+    """The launches of self-attention on a packed projection of 12 heads."""
+    qkv, out = _meta(64, T, 3, 12, D), _meta(64, T, 12, D)
+    lse = _meta(64, 12, T, dtype=torch.float32)
+    rng = _meta(2, dtype=torch.int64) if dropout_p else None
+    settings = (None, causal, D**-0.5, dropout_p, rng, 1)
+    library_attention.attention_fwd(*qkv.unbind(2), *settings)
+    library_attention.attention_qkvpacked_bwd(out, qkv, out, lse, *settings)
 
 
 def _attention_fwd(D: int, block_m: int, descriptors: bool) -> None:
@@ -351,6 +362,23 @@ def _library_cross_entropy_cases(arch: int) -> list[Case]:
     ]
 
 
+def _attention_short_cases(arch: int) -> list[Case]:
+    """Short sequences: one tile of queries, and the largest of each head dim."""
+    cases = []
+    for T, D, causal, dropout_p in (
+        (128, 64, True, 0.0),
+        (512, 64, False, 0.0),
+        (512, 64, True, 0.1),
+        (256, 128, False, 0.0),
+    ):
+        name = f"attention_short-{T}-{D}" + "-causal" * causal + "-dropout" * (dropout_p > 0)
+        launch = partial(_attention_short, T, D, causal, dropout_p)
+        # Backward of 128 queries has several blocks on a multiprocessor instead.
+        copies = [gates.copies_asynchronously] if T > 128 else []
+        cases.append(_triton(name, arch, launch, gates.uses_tensor_cores, *copies))
+    return cases
+
+
 # A tile of 768 columns is so small that the scalars of its rows and of dropout count.
 _mostly_wide = partial(gates.wide_accesses, share=0.8)
 
@@ -376,6 +404,7 @@ LIBRARY = [
     *(case for arch in TRITON_ARCHS for case in _library_mlp_cases(arch)),
     *(case for arch in TRITON_ARCHS for case in _library_cross_entropy_cases(arch)),
     *(case for arch in TRITON_ARCHS for case in _library_attention(arch)),
+    *(case for arch in TRITON_ARCHS for case in _attention_short_cases(arch)),
 ]
 CORPUS = [
     *_corpus(80),
