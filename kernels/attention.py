@@ -7,36 +7,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastformer.kernels import attention_short
+from fastformer.kernels import attention_blocks, attention_decode, attention_long, attention_short
+
+refuse = attention_blocks.refuse
 
 
 def _kernels(T: int, S: int, H: int, D: int) -> Any:
-    """The module whose `forward` and `backward` run this size, None if there is none."""
-    return attention_short if attention_short.holds(T, S, H, D) else None
-
-
-def refuse(*args: Any) -> str | None:
-    """Why these kernels cannot run a raw op of ops/attention.py on `args`, or None."""
-    if args[0].dtype == torch.float64:
-        return "it takes float32, bfloat16 and float16, got float64"
-    # The first argument has the shape of q. The third one has that of the keys, or in
-    # attention_qkvpacked_bwd that of out, which has as many tokens.
-    (_, T, H, D), S = args[0].shape, args[2].shape[1]
-    if _kernels(T, S, H, D) is None:
-        return (
-            "it takes at most 512 tokens of head_dim <= 64 or 256 of more, and 2**20 elements in"
-            f" a token, got T={T}, S={S}, H={H}, D={D}"
-        )
-    return None
+    """The module whose `forward` and `backward` run this size."""
+    return attention_short if attention_short.holds(T, S, H, D) else attention_long
 
 
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     kernels = _kernels(q.shape[1], k.shape[1], *q.shape[2:])
+    if kernels is attention_long and q.shape[1] <= attention_decode.MAX_T:
+        kernels = attention_decode
     return kernels.forward(q, k, v, key_lengths, *settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -249,14 +250,37 @@ def test_scores_of_any_size_do_not_overflow(target, triton):
         torch.testing.assert_close(attention(q, -q, v, scale=-1.0), v)
 
 
+@pytest.mark.parametrize(
+    ("T", "S", "D", "names"),
+    [
+        (513, 1, 16, ["long_fwd", "long_bwd_q", "long_bwd_kv"]),
+        (17, 257, 72, ["long_fwd", "long_bwd_q", "long_bwd_kv"]),
+        (2, 600, 16, ["long_fwd", "decode_combine", "long_bwd_q", "long_bwd_kv"]),
+        (1, 512, 64, ["short_fwd", "short_bwd"]),
+    ],
+)
+def test_the_size_chooses_the_kernels(target, triton, check_numerics, T, S, D, names):
+    case = Case(BF16, T, D, S=S, causal=True)
+    options = case.options(target.device)
+
+    def ours(q, k, v):
+        return attention(q, k, v, **options)
+
+    with triton(checks=True) as launches:
+        check_numerics(ours, partial(eager, **options), BF16, case.inputs(target.device))
+    if launches:  # forward twice, then backward
+        ran = [launch.name for launch in launches]
+        forward = [f"_attention_{name}_kernel" for name in names if "bwd" not in name]
+        assert ran[: 2 * len(forward)] == 2 * forward
+        assert sorted(ran[2 * len(forward) :]) == sorted(
+            f"_attention_{name}_kernel" for name in names if "bwd" in name
+        )
+
+
 def test_what_the_kernels_refuse(target, triton):
-    q = torch.randn(1, 513, 1, 128, device=target.device)
-    with triton(), pytest.raises(RuntimeError, match="got T=1, S=513, H=1, D=64"):
-        attention(q[:, :1, :, :64], q[..., :64], q[..., :64])
-    with triton(), pytest.raises(RuntimeError, match="got T=257, S=1, H=1, D=128"):
-        attention(q[:, :257], q[:, :1], q[:, :1])
+    q = torch.randn(1, 5, 1, 16, device=target.device, dtype=torch.float64)
     with triton(), pytest.raises(RuntimeError, match="got float64"):
-        attention(*(q[:, :5].double(),) * 3)
+        attention(q, q, q)
 
 
 def test_the_choice_is_explained(target, triton):
