@@ -12,7 +12,6 @@ B batch, T query tokens, S key tokens, H heads, D head dim.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -21,12 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from fastformer.kernels.attention_blocks import LN_2, LOG2_E, contiguous, head_block, strides
 from fastformer.kernels.dropout import keep_mask, launch_arguments
 
 _MAX_STRIDE = 2**22  # of tokens: 512 of them have offsets of 32 bits inside a head
-LOG2_E = tl.constexpr(math.log2(math.e))
-LN_2 = tl.constexpr(math.log(2.0))
-
 
 # Specialised, these would compile a kernel anew for another batch size, length or site. Strides are
 # counted in eight elements, so that the compiler knows that 16 bytes are read at once.
@@ -305,17 +302,11 @@ def _options(
         "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_D": head_block(D),
         "num_warps": num_warps,
         "num_stages": num_stages,
         "maxnreg": 128 if (block_m, num_stages) == (128, 1) else None,  # two such blocks
     }
-
-
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    """Of batch, token and head, in eight elements."""
-    b, n, h, _ = t.stride()
-    return b // 8, n // 8, h // 8
 
 
 def _is_addressable(t: Tensor) -> bool:
@@ -330,10 +321,6 @@ def _addressable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     if not _is_addressable(k) or k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
     return q, k, v
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def forward(
@@ -359,12 +346,12 @@ def forward(
             q,
             k,
             v,
-            _contiguous(key_lengths),
-            _contiguous(rng),
+            contiguous(key_lengths),
+            contiguous(rng),
             out,
             lse,
-            *_strides(q),
-            *_strides(k),
+            *strides(q),
+            *strides(k),
             scale,
             *launch_arguments(dropout_p, rng, site),
             T,
@@ -409,16 +396,16 @@ def backward(
             v,
             out.contiguous(),
             lse.contiguous(),
-            _contiguous(key_lengths),
-            _contiguous(rng),
+            contiguous(key_lengths),
+            contiguous(rng),
             grad_q,
             grad_k,
             grad_v,
             sums,
-            *_strides(q),
-            *_strides(k),
-            *_strides(grad_q),
-            *_strides(grad_k),
+            *strides(q),
+            *strides(k),
+            *strides(grad_q),
+            *strides(grad_k),
             scale,
             *launch_arguments(dropout_p, rng, site),
             T,
