@@ -21,8 +21,8 @@ from fastformer import _library
 # more pair here; the module under test names its op in OP.
 REFERENCE = (("reference", "cpu"), ("reference", "cuda"))
 BACKENDS = {
-    "attention": (*REFERENCE, ("cpu", "cpu")),
-    "attention_varlen": (*REFERENCE, ("cpu", "cpu")),
+    "attention": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda")),
+    "attention_varlen": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda")),
     "layer_norm": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")),
     "linear": (*REFERENCE, ("cpu", "cpu")),
     "mlp": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda")),

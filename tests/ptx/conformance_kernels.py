@@ -131,7 +131,7 @@ def _element(types: str) -> str:
 
 
 def cuda_kernels() -> Iterator[Comparison]:
-    """What nvcc makes of the kernels of cases.py."""
+    """What nvcc makes of the kernels of corpus_cases.py."""
     folder = ROOT / "tests" / "ptx" / "kernels"
     for arch in ("80", "90a"):
         for name, run, kinds, bound in (
@@ -150,7 +150,7 @@ def _draw(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def _dropout(folder: Any, arch: str, load: Load) -> list[np.ndarray]:
-    from tests.ptx.cases import DROPOUT_CU
+    from tests.ptx.library_cases import DROPOUT_CU
 
     rows, columns = 20, 101
     keep = np.full((rows, columns), 2, np.uint8)

@@ -16,7 +16,9 @@ from typing import Any
 import triton
 
 from tests.ptx import nvcc
-from tests.ptx.cases import CORPUS, LIBRARY, Case
+from tests.ptx.cases import Case
+from tests.ptx.corpus_cases import CORPUS
+from tests.ptx.library_cases import LIBRARY
 from tests.ptx.resources import Resources
 from tests.ptx.triton_compile import ROOT
 

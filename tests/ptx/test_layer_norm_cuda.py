@@ -18,7 +18,8 @@ pytest.importorskip("triton", reason="needs Triton, which brings the disassemble
 from fastformer.ops import dropout_mask, reference
 from fastformer.ops.layer_norm import _refuse_cuda
 from tests.ptx import nvcc
-from tests.ptx.cases import LAYER_NORM_CU, cuda_kernels
+from tests.ptx.cases import cuda_kernels
+from tests.ptx.library_cases import LAYER_NORM_CU
 from tests.ptx.nvcc import Shifted
 from tests.ptx.triton_compile import ROOT
 

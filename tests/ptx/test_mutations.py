@@ -11,7 +11,7 @@ import torch
 triton = pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
 
 from tests.ptx import nvcc  # noqa: E402
-from tests.ptx.cases import CORPUS_FOLDER  # noqa: E402
+from tests.ptx.corpus_cases import CORPUS_FOLDER  # noqa: E402
 from tests.ptx.emulator.types import from_bf16, to_bf16  # noqa: E402
 from tests.ptx.kernels.attention import attention_fwd  # noqa: E402
 from tests.ptx.mutations import MUTATIONS, Score, mutants, only_entry, score  # noqa: E402

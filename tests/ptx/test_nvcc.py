@@ -11,9 +11,10 @@ pytest.importorskip("triton", reason="needs Triton, which brings the disassemble
 
 from tests.ops.test_dropout import numpy_mask
 from tests.ptx import gates, nvcc
-from tests.ptx.cases import CORPUS_FOLDER, DROPOUT_CU
+from tests.ptx.corpus_cases import CORPUS_FOLDER
 from tests.ptx.emulator import PtxError
 from tests.ptx.emulator.types import from_bf16, to_bf16
+from tests.ptx.library_cases import DROPOUT_CU
 from tests.ptx.nvcc import CudaKernels, Tiled
 
 pytestmark = pytest.mark.skipif(nvcc.WHY_NOT is not None, reason=str(nvcc.WHY_NOT))

@@ -15,8 +15,10 @@ triton = pytest.importorskip("triton", reason="needs Triton, which there is for 
 import triton.language as tl  # noqa: E402
 
 from tests.ptx import gates, nvcc, report, sass  # noqa: E402
-from tests.ptx.cases import CORPUS, LIBRARY, Case  # noqa: E402
+from tests.ptx.cases import Case  # noqa: E402
+from tests.ptx.corpus_cases import CORPUS  # noqa: E402
 from tests.ptx.kernels import matmul  # noqa: E402
+from tests.ptx.library_cases import LIBRARY  # noqa: E402
 from tests.ptx.resources import (  # noqa: E402
     KB,
     Resources,
