@@ -63,6 +63,7 @@ NVCC_FLAGS += ["-fPIC,-fvisibility=hidden,-Wall"]
 SANITIZE = os.environ.get("FASTFORMER_SANITIZE", "")
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
 CXX_FLAGS += [*SANITIZE_FLAGS, "-g1", "-O1"] if SANITIZE else []
+CXX_FLAGS += shlex.split(os.environ.get("CXXFLAGS", ""))  # last, so that they win
 
 
 def fail(sentence: str) -> SystemExit:

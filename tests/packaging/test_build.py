@@ -13,6 +13,9 @@ BUILD_INFO = (
     "from fastformer import _library as lib; print(lib.build_info() if lib.LOADED else lib.WHY_NOT)"
 )
 
+# Half the time of a build, where only the building is looked at.
+QUICKLY = {"CXXFLAGS": "-O0"}
+
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
@@ -67,12 +70,12 @@ def test_settings_that_cannot_be_met_are_named(run, copy_checkout, fake_nvcc, tm
 
 def test_source_that_does_not_compile(run, copy_checkout, fake_nvcc) -> None:
     checkout = copy_checkout()
-    result = run(sys.executable, *BUILD, cwd=checkout, CUDA_HOME=fake_nvcc)
+    result = run(sys.executable, *BUILD, cwd=checkout, CUDA_HOME=fake_nvcc, **QUICKLY)
     assert "error: broken" in result.stdout + result.stderr
     assert "FASTFORMER_CUDA=0 leaves out the CUDA kernels" in complaint(result)
 
     (checkout / "csrc/cpu/dropout.cpp").write_text("#error broken\n")
-    result = run(sys.executable, *BUILD, cwd=checkout, FASTFORMER_CUDA="0")
+    result = run(sys.executable, *BUILD, cwd=checkout, FASTFORMER_CUDA="0", **QUICKLY)
     assert "#error broken" in result.stdout + result.stderr
     assert complaint(result).startswith("fastformer: compilation failed")
     assert "FASTFORMER_CUDA=0" not in complaint(result)
@@ -101,7 +104,7 @@ def test_without_ninja_threads_compile(run, copy_checkout, make_venv, tmp_path) 
     torch = run(sys.executable, "-c", "import torch; print(torch.__path__[0])").stdout.strip()
     python = make_venv(only=("setuptools", "_distutils_hack"))
     settings = {"PATH": tmp_path, "CXX": compiler, "FASTFORMER_TORCH_DIR": torch}
-    result = run(python, *BUILD, cwd=checkout, FASTFORMER_CUDA="0", **settings)
+    result = run(python, *BUILD, cwd=checkout, FASTFORMER_CUDA="0", **settings, **QUICKLY)
     assert result.returncode == 0, result.stdout + result.stderr
     assert not list(checkout.rglob("build.ninja"))
     assert (checkout / "fastformer/_C.so").is_file()
@@ -117,6 +120,15 @@ def test_one_tree_builds_with_and_without_cuda(run, copy_checkout, make_venv) ->
         ({"FASTFORMER_CUDA": "0"}, "'cuda_archs': 'none'"),
         ({"FASTFORMER_CUDA": "auto", **archs}, "'cuda_archs': '80 90a'"),
     ):
-        result = run(python, *BUILD, cwd=checkout, **settings)
+        result = run(python, *BUILD, cwd=checkout, **settings, **QUICKLY)
         assert result.returncode == 0, result.stdout + result.stderr
         assert expected in run(python, "-c", BUILD_INFO, cwd=checkout).stdout
+
+
+def test_flags_of_the_environment_come_last(run) -> None:
+    look = (
+        "import runpy, setuptools; setuptools.setup = lambda **_: None\n"
+        "print(runpy.run_path('setup.py')['CXX_FLAGS'][-2:])"
+    )
+    result = run(sys.executable, "-c", look, CXXFLAGS="-O0 '-DA=\"b c\"'")
+    assert result.stdout.strip() == str(["-O0", '-DA="b c"'])
