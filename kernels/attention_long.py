@@ -69,6 +69,7 @@ def _attention_long_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CUT_STAGES: tl.constexpr,
 ):
     """T and S are the longest of packed sequences. A program sees `chunk` keys: program_id(1)
     tells which, and results of a chunk lie behind all of the one before."""
@@ -110,7 +111,8 @@ def _attention_long_fwd_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for MASKED in tl.static_range(2):
-        for start_n in range(whole if MASKED else begin, end if MASKED else whole, BLOCK_N):
+        first, last = whole if MASKED else begin, end if MASKED else whole
+        for start_n in tl.range(first, last, BLOCK_N, num_stages=CUT_STAGES if MASKED else None):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = load_rows(k_ptr, start_n, end, stride_kt, D, BLOCK_N, BLOCK_D, not MASKED)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -180,6 +182,8 @@ def launch_forward(
     q, k, v = aligned(q), aligned(k), aligned(v)
     grid = (B * H * triton.cdiv(T, options["BLOCK_M"]), max(1, triton.cdiv(S, chunk)))
     with torch.cuda.device_of(q):
+        # Of two pipelines in a row Hopper's ptxas runs the wgmma of both one by one.
+        is_hopper = triton.runtime.driver.active.get_current_target().arch // 10 == 9
         _attention_long_fwd_kernel[grid](
             q,
             k,
@@ -200,6 +204,7 @@ def launch_forward(
             N,
             chunk,
             CAUSAL=causal,
+            CUT_STAGES=1 if is_hopper else None,
             **options,
         )
 

