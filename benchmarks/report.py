@@ -69,8 +69,8 @@ def best(row: Row, names: Iterable[str]) -> str | None:
     return min((name for name in names if name in row.samples), key=row.ms.get, default=None)
 
 
-def _op_rivals(row: Row) -> list[str]:
-    return [name for name in row.samples if name not in (OURS, *GPU_BACKENDS)]
+def _rivals(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name not in (OURS, *GPU_BACKENDS)]
 
 
 def rates(row: Row) -> tuple[float, float] | None:
@@ -87,7 +87,7 @@ def op_table(rows: list[Row]) -> str:
     On a GPU also what the fastest of our kernels gets out of it.
     """
     names = variants_of(rows)
-    rivals = [name for name in names if name not in (OURS, *GPU_BACKENDS)]
+    rivals = _rivals(names)
     has_rates = any(row.work for row in rows)
     head = ["case", "vs best", *(f"vs {name}" for name in rivals)]
     head += ["TFLOP/s", "TB/s"] if has_rates else []
@@ -108,7 +108,7 @@ def op_table(rows: list[Row]) -> str:
 
 
 def op_record(row: Row) -> dict[str, Any]:
-    rivals = _op_rivals(row)
+    rivals = _rivals(row.samples)
     ratios = {f"vs_{name}": row.ratio(name) for name in rivals}
     fastest = best(row, rivals)
     found = rates(row)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -117,8 +116,6 @@ def dropout_state(rng_ptr, site):
 def refuse(*args: Any) -> str | None:
     """Why the kernels for long and for packed sequences cannot run on `args`, or None."""
     H, D = args[0].shape[-2:]
-    if args[0].dtype == torch.float64:
-        return "it takes float32, bfloat16 and float16, got float64"
     if D % 8 or not 0 < D <= 128:
         return f"head_dim must be a multiple of 8 and at most 128, got {D}"
     if 3 * H * D >= _MAX_STRIDE:  # of a packed gradient

@@ -5,8 +5,6 @@ N rows, C columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -64,10 +62,6 @@ def _dropout_mask_kernel(
     offs = offs_m[:, None] * C + offs_c[None, :]
     mask = (offs_m < N)[:, None] & (offs_c < C)[None, :]
     tl.store(keep_ptr + offs, keep.to(tl.uint8), mask=mask)
-
-
-def refuse(*args: Any) -> None:
-    """The mask has no dtype and any shape: there is nothing to refuse."""
 
 
 def dropout_mask(rows: int, cols: int, p: float, rng: Tensor, site: int) -> Tensor:

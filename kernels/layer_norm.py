@@ -163,10 +163,6 @@ def _layer_norm_reduce_kernel(
 
 def refuse(*args: Any) -> str | None:
     """Why these kernels cannot run a raw op of ops/layer_norm.py on `args`, or None."""
-    for arg in args:
-        dtype = arg.dtype if isinstance(arg, Tensor) else arg
-        if dtype == torch.float64:
-            return "it takes float32, bfloat16 and float16, got float64"
     C = args[0].shape[-1]
     if not 1 <= C <= MAX_C:
         return f"it holds a row in registers, at least 1 and at most {MAX_C} elements, got {C}"

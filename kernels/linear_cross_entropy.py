@@ -11,8 +11,6 @@ N rows, C model dim, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -93,13 +91,6 @@ def _cross_entropy_kernel(
                     grad -= offset
                 grad = tl.where(start + offs == target, grad - at_target, grad)
                 tl.store(logits_ptr + start + offs, grad.to(dtype), mask=mask)
-
-
-def refuse(*args: Any) -> str | None:
-    """Why the kernel cannot run linear_cross_entropy_fwd on `args`, or None."""
-    if args[0].dtype == torch.float64:
-        return "it takes float32, bfloat16 and float16, got float64"
-    return None
 
 
 def _with_column(matrix: Tensor, column: Tensor) -> Tensor:

@@ -199,13 +199,6 @@ def _mlp_bwd_kernel(
         tl.store(partial_ptr + offs_n, tl.sum(grad, 0), mask=mask_n)
 
 
-def refuse(*args: Any) -> str | None:
-    """Why these kernels cannot run a raw op of ops/mlp.py on `args`, or None."""
-    if args[0].dtype == torch.float64:
-        return "it takes float32, bfloat16 and float16, got float64"
-    return None
-
-
 def _launch_options(dtype: torch.dtype, tma: bool) -> dict[str, Any]:
     """Two tiles fit into a multiprocessor: the epilogue of one hides behind the other's product.
 

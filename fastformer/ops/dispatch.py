@@ -163,9 +163,10 @@ def add_kernel(
 
 
 def add_triton(op: str, module: str) -> None:
-    """Add the kernel `fastformer.kernels.<module>.<op>`; it may run where `refuse` there is None.
+    """Add the kernel `fastformer.kernels.<module>.<op>`.
 
-    The module, and Triton with it, is imported when tensors on a GPU first ask for it.
+    Beside what no Triton kernel takes, the module's `refuse`, if it has one, says what this one
+    does not. The module, and Triton with it, is imported when tensors on a GPU first ask for it.
     """
 
     @functools.cache
@@ -184,7 +185,11 @@ def add_triton(op: str, module: str) -> None:
             return f"it takes cuda tensors, these are on {_device_type(args)}"
         if not is_installed():
             return "triton is not installed: pip install triton"
-        return kernels().refuse(*args)
+        reason = _refuse_dtype("triton", args)
+        if reason is not None:
+            return reason
+        limit = getattr(kernels(), "refuse", None)
+        return None if limit is None else limit(*args)
 
     add_kernel(op, "triton", run, refuse)
 
@@ -202,10 +207,9 @@ def _refuse_native(
     def refuse(*args: Any) -> str | None:
         if _device_type(args) != key:
             return f"it takes {key} tensors, these are on {_device_type(args)}"
-        for arg in args if key == "cpu" else ():
-            dtype = arg.dtype if isinstance(arg, torch.Tensor) else arg
-            if dtype in (torch.float16, torch.float64):
-                return f"it takes float32 and bfloat16, got {str(dtype)[6:]}"
+        reason = _refuse_dtype(key, args)
+        if reason is not None:
+            return reason
         if _library.WHY_NOT is not None:
             return _library.WHY_NOT
         if not is_compiled():
@@ -216,6 +220,22 @@ def _refuse_native(
         return None if limit is None else limit(*args)
 
     return refuse
+
+
+# Backend -> what its kernels take, and what of the rest there are ops for. "cuda" differs by op.
+_DTYPES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
+    "cpu": ("float32 and bfloat16", (torch.float16, torch.float64)),
+    "triton": ("float32, bfloat16 and float16", (torch.float64,)),
+}
+
+
+def _refuse_dtype(backend: str, args: Sequence[Any]) -> str | None:
+    taken, refused = _DTYPES.get(backend, ("", ()))
+    for arg in args if refused else ():
+        dtype = arg.dtype if isinstance(arg, torch.Tensor) else arg
+        if dtype in refused:
+            return f"it takes {taken}, got {str(dtype)[6:]}"
+    return None
 
 
 def _device_type(args: Sequence[Any]) -> str:

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="needs Triton, which there is for Linux onl
 
 import fastformer
 from fastformer.ops import attention, attention_qkvpacked, dropout_mask
+from tests.ops.test_attention import eager
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SITE = 3
@@ -72,23 +73,6 @@ class Case:
         with fastformer.backend("reference"):
             mask = dropout_mask(B * T * H, S, self.dropout_p, options["rng"], SITE)
         return mask.view(B, T, H, S).transpose(1, 2)
-
-
-def eager(q, k, v, *, causal, scale, key_lengths=None, keep=None, dropout_p=0.0):
-    """Softmax attention in the dtype of q."""
-    T, S = q.shape[1], k.shape[1]
-    visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
-    if causal:
-        visible = visible.tril(S - T)
-    visible = visible.expand(q.shape[0], 1, T, S)
-    if key_lengths is not None:
-        visible = visible & (torch.arange(S, device=q.device) < key_lengths[:, None, None, None])
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-    weights = scores.masked_fill(~visible, -math.inf).softmax(-1).masked_fill(~visible, 0.0)
-    if keep is not None:
-        weights = weights * keep / (1 - round(dropout_p * 65536) / 65536)
-    return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
 CASES = [
