@@ -10,7 +10,7 @@ namespace fastformer::cpu::FASTFORMER_ISA {
 namespace {
 
 constexpr int64_t kPanel = kMaxVectors * kLanes;
-constexpr int64_t kBlockRows = 96;
+constexpr int64_t kMaxBlockRows = 96;
 constexpr int64_t kDepth = 256; // units
 
 template <class T> int64_t units(int64_t elements) {
@@ -76,10 +76,10 @@ template <class T> struct Result {
 };
 
 template <class T>
-void multiply(const Gemm &g, void *scratch, int64_t block, int64_t panel, bool fresh) {
+void multiply(const Gemm &g, void *scratch, int64_t row, int64_t row_end, int64_t panel,
+              bool fresh) {
   using U = Unit<T>;
-  const int64_t depth = units<T>(g.K);
-  const int64_t row = block * kBlockRows, rows = g.M - row < kBlockRows ? g.M - row : kBlockRows;
+  const int64_t depth = units<T>(g.K), rows = row_end - row;
   const int64_t col = panel * kPanel, cols = g.N - col < kPanel ? g.N - col : kPanel;
   Product<U> p{};
   if (g.a_col == 1) {
@@ -89,14 +89,14 @@ void multiply(const Gemm &g, void *scratch, int64_t block, int64_t panel, bool f
   } else {
     U *packed = static_cast<U *>(scratch);
     if (fresh)
-      pack_rows(static_cast<const T *>(g.a) + row, g.a_col, g.K, rows, packed, kBlockRows);
+      pack_rows(static_cast<const T *>(g.a) + row, g.a_col, g.K, rows, packed, kMaxBlockRows);
     p.a = packed;
     p.a_row = 1;
-    p.a_col = kBlockRows;
+    p.a_col = kMaxBlockRows;
   }
   p.b = static_cast<const U *>(g.packed) + col * depth;
   p.ldb = kPanel;
-  alignas(64) float sums[kBlockRows * kPanel];
+  alignas(64) float sums[kMaxBlockRows * kPanel];
   const bool whole = cols == kPanel;
   int64_t left = depth;
   for (; left > (whole ? kDepth : 0); left -= p.depth) {
@@ -120,7 +120,8 @@ void multiply(const Gemm &g, void *scratch, int64_t block, int64_t panel, bool f
 extern const GemmKernels gemm_kernels;
 const GemmKernels gemm_kernels = {
     kPanel,
-    kBlockRows,
+    kMaxBlockRows,
+    kTileRows<kMaxVectors>,
 #if defined(__AVX512BF16__)
     {sizeof(float), sizeof(bf16)},
     {pack<float>, pack<bf16>},
@@ -129,9 +130,7 @@ const GemmKernels gemm_kernels = {
     {sizeof(float), 0},
     {pack<float>, nullptr},
     {multiply<float>, nullptr},
-#else
-    {},     {},         {}, // with AVX2 the libraries are as fast
-#endif
+#endif // with AVX2 the libraries are as fast
 };
 
 } // namespace fastformer::cpu::FASTFORMER_ISA

@@ -27,23 +27,30 @@ struct Gemm {
 // Sizes, and the kernels by whether the type is bfloat16 rather than float32; null where this
 // instruction set has none.
 struct GemmKernels {
-  int64_t panel_cols, block_rows;
+  int64_t panel_cols, max_block_rows, tile_rows;
   int64_t bytes_per_element[2]; // of a packed operand
 
   // Packs the panels [begin, end) of B.
   void (*pack[2])(const Gemm &, int64_t begin, int64_t end);
 
-  // A block of rows times a panel. `scratch` has packed_rows_bytes; it keeps the packed rows of A,
-  // which are packed if `fresh`.
-  void (*multiply[2])(const Gemm &, void *scratch, int64_t block, int64_t panel, bool fresh);
+  // A block of rows, [row, row_end), times a panel. `scratch` has packed_rows_bytes; it keeps the
+  // packed rows of A, which are packed if `fresh`.
+  void (*multiply[2])(const Gemm &, void *scratch, int64_t row, int64_t row_end, int64_t panel,
+                      bool fresh);
 
   int64_t panels(const Gemm &g) const { return (g.N + panel_cols - 1) / panel_cols; }
-  int64_t row_blocks(const Gemm &g) const { return (g.M + block_rows - 1) / block_rows; }
+
+  // Whole tiles, and about as many in each block: threads that share few blocks end together.
+  int64_t block_rows(const Gemm &g) const {
+    const int64_t tiles = (g.M + tile_rows - 1) / tile_rows, most = max_block_rows / tile_rows;
+    const int64_t blocks = (tiles + most - 1) / most;
+    return (tiles + blocks - 1) / blocks * tile_rows;
+  }
   int64_t packed_bytes(const Gemm &g, int type) const {
     return panels(g) * panel_cols * (g.K + g.K % 2) * bytes_per_element[type];
   }
   int64_t packed_rows_bytes(const Gemm &g, int type) const {
-    return g.a_col == 1 ? 0 : block_rows * (g.K + g.K % 2) * bytes_per_element[type];
+    return g.a_col == 1 ? 0 : max_block_rows * (g.K + g.K % 2) * bytes_per_element[type];
   }
 };
 

@@ -5,6 +5,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <stdexcept>
@@ -73,14 +74,17 @@ bool multiply(const Tensor &out, const Tensor &a, const Tensor &b, const float *
   const auto floats_for = [](int64_t bytes) { return new_tensor({bytes / 4}, ScalarType::Float); };
   const Tensor packed = floats_for(kernels.packed_bytes(g, type));
   g.packed = packed.mutable_data_ptr();
-  const int64_t panels = kernels.panels(g), blocks = kernels.row_blocks(g);
+  const int64_t panels = kernels.panels(g), block_rows = kernels.block_rows(g);
+  const int64_t blocks = (g.M + block_rows - 1) / block_rows;
   torch::stable::parallel_for(
       0, panels, 1, [&](int64_t begin, int64_t end) { kernels.pack[type](g, begin, end); });
   torch::stable::parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) {
     const Tensor rows = floats_for(kernels.packed_rows_bytes(g, type));
-    for (int64_t task = begin; task < end; ++task)
-      kernels.multiply[type](g, rows.mutable_data_ptr(), task / panels, task % panels,
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / panels * block_rows, row_end = std::min(g.M, row + block_rows);
+      kernels.multiply[type](g, rows.mutable_data_ptr(), row, row_end, task % panels,
                              task == begin || task % panels == 0);
+    }
   });
   return true;
 }
