@@ -160,8 +160,13 @@ def _own_seconds() -> float:
 
 
 def _sample(run: Variant, iterations: int, device: str = "cpu") -> tuple[float, bool]:
-    """Milliseconds per call, and whether other processes disturbed it."""
+    """Milliseconds per call, and whether other processes disturbed it.
+
+    A call that is not timed comes first: whoever trains or infers does so in a row, while here the
+    turns of others have emptied the caches and put the threads to sleep.
+    """
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    run()
     wait()
     busy, own = _busy_seconds(), _own_seconds()
     start = time.perf_counter()
