@@ -5,6 +5,8 @@ isolation needs no torch of its own. The metadata is in pyproject.toml. Environm
 
 FASTFORMER_CUDA        auto (default: CUDA kernels if nvcc is found), 1 (insist), 0 (leave them out)
 FASTFORMER_CUDA_ARCHS  e.g. "80 90a"; default: the GPUs of this machine, else 90a
+FASTFORMER_CPU_ISAS    e.g. "default avx512": the instruction sets to compile the CPU kernels for
+                       ("default" is always one); default: all that a CPU of this kind may have
 FASTFORMER_SKIP_EXT    1 installs the Python files alone
 FASTFORMER_TORCH_DIR   the torch package to build against, where it is not found by itself
 FASTFORMER_SANITIZE    e.g. "address,undefined": instrument the C++ code, for tests
@@ -154,6 +156,15 @@ def cuda_archs() -> list[str]:
     return archs or local_archs() or ["90a"]
 
 
+def cpu_isas() -> dict[str, list[str]]:
+    """The instruction sets to compile for, with their flags."""
+    requested = os.environ.get("FASTFORMER_CPU_ISAS", "").split() or [*ISA_FLAGS]
+    if bad := [isa for isa in requested if isa not in ISA_FLAGS]:
+        known = " ".join(ISA_FLAGS)
+        raise fail(f'FASTFORMER_CPU_ISAS must be some of "{known}" here, got {" ".join(bad)!r}')
+    return {isa: ISA_FLAGS[isa] for isa in ("default", *requested)}
+
+
 def local_archs() -> list[str]:
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
@@ -180,6 +191,14 @@ class Step:
     command: list[str]
 
 
+def compile_step(compiler: list[str], source: str, temp: Path, suffix: str = "") -> Step:
+    """The object's name tells the command: those of one configuration never meet another's."""
+    key = hashlib.sha256(repr(compiler).encode()).hexdigest()[:8]
+    path, output = CSRC / source, temp / f"{source.replace('/', '_')}{suffix}.{key}.o"
+    command = [*compiler, "-MMD", "-MF", f"{output}.d", "-c", str(path), "-o", str(output)]
+    return Step(path, output, command)
+
+
 class BuildExt(build_ext):
     """Compiles each source with its own flags, through ninja where there is one, and links once."""
 
@@ -189,18 +208,15 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch, cxx, nvcc = find_torch(), find_compiler(), find_nvcc()
         archs = cuda_archs() if nvcc else []
-        # Objects of one configuration never meet those of another.
-        key = hashlib.sha256(repr((torch, cxx, nvcc, archs, SANITIZE)).encode()).hexdigest()[:8]
-        temp = Path(self.build_temp).resolve() / f"{'cuda' if nvcc else 'cpu'}-{key}"
+        temp = Path(self.build_temp).resolve()
         temp.mkdir(parents=True, exist_ok=True)
+        # What takes longest first: the CUDA kernels, then the CPU kernels, then the bindings.
+        steps = [*self.cuda_steps(nvcc, cxx, temp, archs)] if nvcc else []
+        steps += self.cpu_steps(cxx, torch, temp, archs)
         library = temp / "_C.so"
-        steps = list(self.cpu_steps(cxx, torch, temp, archs))
         link = [*cxx, *SANITIZE_FLAGS, "-shared", "-o", str(library)]
         link += [str(step.output) for step in steps]
         if nvcc:
-            cuda_steps = list(self.cuda_steps(nvcc, cxx, temp, archs))
-            steps += cuda_steps
-            link += [str(step.output) for step in cuda_steps]
             # Our static runtime must not be interposed by torch's, or the other way round.
             link += [f"-L{cudart_folder(nvcc)}", "-lcudart_static", "-Wl,--exclude-libs,ALL"]
             link += ["-ldl", "-lrt", "-lpthread"]
@@ -225,11 +241,13 @@ class BuildExt(build_ext):
         self, cxx: list[str], torch: Path, temp: Path, archs: list[str]
     ) -> Iterator[Step]:
         def step(source: str, flags: list[str], suffix: str = "") -> Step:
-            output = temp / f"{source.replace('/', '_')}{suffix}.o"
-            command = [*cxx, *CXX_FLAGS, *flags, "-MMD", "-MF", f"{output}.d"]
-            path = CSRC / source
-            return Step(path, output, [*command, "-c", str(path), "-o", str(output)])
+            return compile_step([*cxx, *CXX_FLAGS, *flags], source, temp, suffix)
 
+        isas = cpu_isas()
+        yield step("cpu/select.cpp", [f"-DFASTFORMER_WITH_{isa.upper()}" for isa in isas])
+        for op in CPU_OPS:
+            for isa, flags in isas.items():
+                yield step(f"cpu/{op}.cpp", [f"-DFASTFORMER_ISA=isa_{isa}", *flags], f".{isa}")
         target = "0x{:02x}{:02x}000000000000".format(*MIN_TORCH)
         stable = [f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch / 'include'}"]
         stable += ["-DFASTFORMER_WITH_CUDA"] if archs else []
@@ -241,20 +259,14 @@ class BuildExt(build_ext):
             "CUDA_ARCHS": " ".join(archs) or "none",
         }
         yield step("build_info.cpp", [f'-DFASTFORMER_{k}="{v}"' for k, v in facts.items()])
-        yield step("cpu/select.cpp", [])
-        for op in CPU_OPS:
-            for isa, flags in ISA_FLAGS.items():
-                yield step(f"cpu/{op}.cpp", [f"-DFASTFORMER_ISA=isa_{isa}", *flags], f".{isa}")
 
     def cuda_steps(
         self, nvcc: Path, cxx: list[str], temp: Path, archs: list[str]
     ) -> Iterator[Step]:
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        compiler = [str(nvcc), "-ccbin", cxx[-1], *NVCC_FLAGS, *gencode]
         for name in CUDA_SOURCES:
-            source, output = CSRC / f"cuda/{name}.cu", temp / f"cuda_{name}.cu.o"
-            command = [str(nvcc), "-ccbin", cxx[-1], *NVCC_FLAGS, *gencode]
-            command += ["-MMD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
-            yield Step(source, output, command)
+            yield compile_step(compiler, f"cuda/{name}.cu", temp)
 
 
 def find_ninja() -> str | None:

@@ -30,9 +30,13 @@ namespace fastformer::cpu {
                                         &isa_##ISA::adamw_kernels};
 
 FASTFORMER_KERNELS(default)
-#if defined(__x86_64__)
+#ifdef FASTFORMER_WITH_AVX2
 FASTFORMER_KERNELS(avx2)
+#endif
+#ifdef FASTFORMER_WITH_AVX512
 FASTFORMER_KERNELS(avx512)
+#endif
+#ifdef FASTFORMER_WITH_AVX512BF16
 FASTFORMER_KERNELS(avx512bf16)
 #endif
 
@@ -56,19 +60,24 @@ std::string names(const Variant *begin, const Variant *end) {
 const Kernels *select_kernels(const char **error) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
-  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  const Variant variants[] = {{&kernels_avx512bf16, avx512bf16},
-                              {&kernels_avx512, avx512},
-                              {&kernels_avx2, avx2},
-                              {&kernels_default, true}};
-#else
-  const Variant variants[] = {{&kernels_default, true}};
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") &&
+                                     __builtin_cpu_supports("fma") &&
+                                     __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
+  const Variant variants[] = {
+#ifdef FASTFORMER_WITH_AVX512BF16
+      {&kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+#endif
+#ifdef FASTFORMER_WITH_AVX512
+      {&kernels_avx512, avx512},
+#endif
+#ifdef FASTFORMER_WITH_AVX2
+      {&kernels_avx2, avx2},
+#endif
+      {&kernels_default, true}};
   const char *requested = std::getenv("FASTFORMER_CPU_ISA");
   const bool any = requested == nullptr || *requested == '\0';
   for (const Variant &v : variants)
@@ -76,7 +85,7 @@ const Kernels *select_kernels(const char **error) {
       return v.kernels;
   static const std::string message =
       std::string("FASTFORMER_CPU_ISA=") + requested +
-      " is not an instruction set this machine can run; use one of " +
+      " is not an instruction set that was compiled for and this machine can run; use one of " +
       names(std::begin(variants), std::end(variants)) + ", or leave it unset";
   *error = message.c_str();
   return nullptr;

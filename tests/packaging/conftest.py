@@ -80,11 +80,20 @@ def make_venv(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Callable[..
 
 
 @pytest.fixture(scope="session")
-def built_checkout(copy_checkout: Callable[[], Path], run: Run) -> Path:
-    """A copy of the source tree with the CPU kernels built in place."""
+def wheel(run: Run, copy_checkout: Callable[[], Path]) -> Path:
+    """Built as a user builds it: under pip's build isolation, with torch in the environment."""
     checkout = copy_checkout()
-    build = run(
-        sys.executable, "setup.py", "build_ext", "--inplace", cwd=checkout, FASTFORMER_CUDA="0"
-    )
-    assert build.returncode == 0, build.stdout + build.stderr
+    pip = (sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", "dist")
+    result = run(*pip, cwd=checkout, FASTFORMER_CUDA="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = (checkout / "dist").glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def built_checkout(wheel: Path) -> Path:
+    """The checkout of the wheel, with the library in place and all objects in `build`."""
+    checkout = wheel.parent.parent
+    (library,) = checkout.glob("build/lib*/fastformer/_C.so")
+    shutil.copyfile(library, checkout / "fastformer/_C.so")
     return checkout

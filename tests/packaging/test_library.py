@@ -124,7 +124,7 @@ def test_masks_are_those_of_the_definition(run, library, isa, threads) -> None:
         cwd=ROOT,
         capture_output=True,
     )
-    if b"is not an instruction set this machine can run" in result.stderr and isa != "default":
+    if b"is not an instruction set that was compiled" in result.stderr and isa != "default":
         pytest.skip(f"this machine has no {isa}")
     assert result.returncode == 0, result.stderr.decode()
     assert result.stdout == b"".join(expected_mask(*case).tobytes() for case in MASKS)
@@ -154,9 +154,7 @@ def test_libtorch_is_needed_by_name(library) -> None:
 @pytest.mark.slow
 def test_no_variant_leaks_a_function_to_another(built_checkout) -> None:
     objects = [
-        path
-        for isa in ISAS
-        for path in built_checkout.glob(f"build/temp.*/cpu-*/cpu_*.cpp.{isa}.o")
+        path for isa in ISAS for path in built_checkout.glob(f"build/temp.*/cpu_*.cpp.{isa}.*.o")
     ]
     assert objects
     for path in objects:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from fastformer import _library
+
 SANITIZERS = ("asan", "ubsan")
 SETTINGS = {
     # Python leaks on purpose.
@@ -49,6 +51,7 @@ def instrumented(run, copy_checkout) -> Path:
     checkout = copy_checkout()
     build = ("setup.py", "--quiet", "build_ext", "--inplace")
     settings = {"FASTFORMER_CUDA": "0", "FASTFORMER_SANITIZE": "address,undefined"}
+    settings["FASTFORMER_CPU_ISAS"] = _library.build_info()["cpu_isa"] if _library.LOADED else ""
     result = run(sys.executable, *build, cwd=checkout, **settings)
     assert result.returncode == 0, result.stdout + result.stderr
     symbols = run("nm", "-D", "--undefined-only", checkout / "fastformer/_C.so").stdout
