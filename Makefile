@@ -51,13 +51,13 @@ lint: $(VENV)/.requirements
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	@$(BIN)/clang-format --dry-run -Werror $(NATIVE) tests/native/module.cpp
 	@echo "Lint: no complaints"
 
 format: $(VENV)/.requirements
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
-	@$(BIN)/clang-format -i $(NATIVE)
+	@$(BIN)/clang-format -i $(NATIVE) tests/native/module.cpp
 
 gpu-build:
 	@FASTFORMER_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace

@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ os.environ["FASTFORMER_POISON"] = "1"  # for the blocks that the library itself 
 
 import fastformer
 from fastformer import _library
+from tests.native import build as native_build
 
 # (backend, device) per op. A kernel that joins the library is put to every test of its op by one
 # more pair here; the module under test names its op in OP.
@@ -96,6 +98,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, device = request.param
     with fastformer.backend(name):
         yield device
+
+
+@pytest.fixture(scope="session")
+def native() -> ModuleType:
+    """What tests ask of the C++ code, see tests/native/module.cpp."""
+    reason = native_build.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    return native_build.load()
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,6 @@ from tests.ptx import nvcc
 from tests.ptx.cases import cuda_kernels
 from tests.ptx.library_cases import LAYER_NORM_CU
 from tests.ptx.nvcc import Shifted
-from tests.ptx.triton_compile import ROOT
 
 pytestmark = pytest.mark.skipif(nvcc.WHY_NOT is not None, reason=str(nvcc.WHY_NOT))
 
@@ -33,30 +29,9 @@ WARP, BLOCK, SCALAR = 0, 1, 2
 
 
 @pytest.fixture(scope="session")
-def configure(tmp_path_factory):
+def configure(native):
     """layer_norm_launch of csrc/cuda/layer_norm.h: (mode, threads, blocks)."""
-    folder = tmp_path_factory.mktemp("layer_norm")
-    (folder / "launch.cpp").write_text(
-        '#include "cuda/layer_norm.h"\n'
-        'extern "C" void launch(int64_t N, int64_t C, int has_16_bit, uint64_t bits,'
-        " int backward, int64_t *out) {\n"
-        "  const auto l = fastformer::layer_norm_launch(N, C, has_16_bit, bits, backward);\n"
-        "  out[0] = l.mode, out[1] = l.threads, out[2] = l.blocks;\n}\n"
-    )
-    library = folder / "launch.so"
-    command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([*command, str(folder / "launch.cpp"), "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).launch
-    word = ctypes.c_int64
-    function.argtypes = [word, word, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p]
-
-    @cache
-    def call(N: int, C: int, has_16_bit: bool, bits: int, backward: bool) -> tuple[int, ...]:
-        out = np.zeros(3, np.int64)
-        function(N, C, has_16_bit, bits, backward, out.ctypes.data)
-        return tuple(map(int, out))
-
-    return call
+    return native.layer_norm.launch
 
 
 def array(t: Tensor) -> np.ndarray:

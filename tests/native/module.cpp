@@ -1,0 +1,22 @@
+// What only tests ask of the C++ code: how kernels are launched. A submodule for each header, and a
+// function here that fills it; the headers need neither torch nor CUDA.
+#include "cuda/layer_norm.h"
+
+#include <pybind11/pybind11.h>
+
+namespace {
+
+namespace py = pybind11;
+using namespace fastformer;
+
+void bind_layer_norm(py::module_ m) {
+  m.attr("max_cols") = kLayerNormMaxCols;
+  m.def("launch", [](int64_t N, int64_t C, bool has_16_bit, uint64_t address_bits, bool backward) {
+    const LayerNormLaunch launch = layer_norm_launch(N, C, has_16_bit, address_bits, backward);
+    return py::make_tuple(launch.mode, launch.threads, launch.blocks);
+  });
+}
+
+} // namespace
+
+PYBIND11_MODULE(native, m) { bind_layer_norm(m.def_submodule("layer_norm")); }
