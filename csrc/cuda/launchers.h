@@ -54,4 +54,27 @@ int64_t fastformer_layer_norm_max_cols();
 int64_t fastformer_layer_norm_max_sums();
 int fastformer_layer_norm_fwd(const fastformer_layer_norm_fwd_args *args, fastformer_stream stream);
 int fastformer_layer_norm_bwd(const fastformer_layer_norm_bwd_args *args, fastformer_stream stream);
+
+// In elements, those of sequences, tokens and heads; the elements of a head lie side by side.
+struct fastformer_strides {
+  int64_t b, t, h;
+};
+
+// Attention from at most kDecodeMaxQueries queries, see cuda/attention_decode.h: q (B, T, H, D),
+// k and v (B, S, H, D), all at addresses and strides of whole 16 bytes; out (B, T, H, D) and lse
+// (B, H, T), contiguous.
+struct fastformer_attention_decode_args {
+  const void *q, *k, *v;
+  const int32_t *key_lengths; // (B,), or null
+  void *out;
+  float *lse;
+  float *scratch; // decode_scratch() elements, unused where that is 0
+  fastformer_strides of_q, of_k, of_v;
+  int64_t B, T, S, H, D;
+  float scale;
+  int causal, type; // of q, k, v and out
+};
+
+int fastformer_attention_decode(const fastformer_attention_decode_args *args,
+                                fastformer_stream stream);
 }

@@ -45,6 +45,30 @@ def qkvpacked_bwd_fake(grad_out: Tensor, qkv: Tensor, *saved: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
+_CUDA_MAX_QUERIES = 16  # kDecodeMaxQueries of csrc/cuda/attention_decode.h
+
+
+def _refuse_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    site: int,
+) -> str | None:
+    """Its kernel is one for few queries, as when tokens are generated one by one."""
+    if q.dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, got float64"
+    if rng is not None:
+        return f"it drops no weights, got dropout_p {dropout_p}"
+    if q.shape[1] > _CUDA_MAX_QUERIES:
+        return f"it takes at most {_CUDA_MAX_QUERIES} queries, got {q.shape[1]}"
+    return None
+
+
 SETTINGS = "bool causal, float scale, float dropout_p, Tensor? rng, int site"
 
 
@@ -53,7 +77,8 @@ dispatch.define(
     " -> (Tensor, Tensor)",
     reference=reference.attention_fwd,
     fake=_fwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": _refuse_cuda},
 )
 dispatch.define(
     "attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"

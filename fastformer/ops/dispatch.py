@@ -59,7 +59,7 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "layer_norm_bwd": ("triton", "cuda", "reference"),
         "add_layer_norm_fwd": ("triton", "cuda", "reference"),
         "add_layer_norm_bwd": ("triton", "cuda", "reference"),
-        "attention_fwd": ("triton", "reference"),
+        "attention_fwd": ("triton", "cuda", "reference"),
         "attention_bwd": ("triton", "reference"),
         "attention_qkvpacked_bwd": ("triton", "reference"),
         "attention_varlen_fwd": ("triton", "reference"),

@@ -1,5 +1,6 @@
 // What only tests ask of the C++ code: how kernels are launched. A submodule for each header, and a
 // function here that fills it; the headers need neither torch nor CUDA.
+#include "cuda/attention_decode.h"
 #include "cuda/layer_norm.h"
 
 #include <pybind11/pybind11.h>
@@ -8,6 +9,20 @@ namespace {
 
 namespace py = pybind11;
 using namespace fastformer;
+
+void bind_attention_decode(py::module_ m) {
+  m.attr("max_queries") = kDecodeMaxQueries;
+  m.def("launch", &decode_launch);
+  m.def("scratch", &decode_scratch);
+  py::class_<DecodeLaunch>(m, "Launch")
+      .def_readonly("lanes", &DecodeLaunch::lanes)
+      .def_readonly("queries", &DecodeLaunch::queries)
+      .def_readonly("threads", &DecodeLaunch::threads)
+      .def_readonly("chunk", &DecodeLaunch::chunk)
+      .def_readonly("chunks", &DecodeLaunch::chunks)
+      .def_readonly("blocks", &DecodeLaunch::blocks)
+      .def_readonly("merge_blocks", &DecodeLaunch::merge_blocks);
+}
 
 void bind_layer_norm(py::module_ m) {
   m.attr("max_cols") = kLayerNormMaxCols;
@@ -19,4 +34,7 @@ void bind_layer_norm(py::module_ m) {
 
 } // namespace
 
-PYBIND11_MODULE(native, m) { bind_layer_norm(m.def_submodule("layer_norm")); }
+PYBIND11_MODULE(native, m) {
+  bind_attention_decode(m.def_submodule("attention_decode"));
+  bind_layer_norm(m.def_submodule("layer_norm"));
+}

@@ -6,11 +6,13 @@ import subprocess
 
 import pytest
 
+from fastformer.ops.attention import _CUDA_MAX_QUERIES
 from fastformer.ops.layer_norm import _CUDA_MAX_COLS
 from tests.native import build
 
 
 def test_python_knows_the_limits_of_the_kernels(native):
+    assert native.attention_decode.max_queries == _CUDA_MAX_QUERIES
     assert native.layer_norm.max_cols == _CUDA_MAX_COLS
 
 

@@ -34,6 +34,7 @@ from tests.ptx.cases import (
 from tests.ptx.resources import Resources
 from tests.ptx.triton_compile import ROOT
 
+ATTENTION_DECODE_CU = ROOT / "csrc" / "cuda" / "attention_decode.cu"
 DROPOUT_CU = ROOT / "csrc" / "cuda" / "dropout.cu"
 LAYER_NORM_CU = ROOT / "csrc" / "cuda" / "layer_norm.cu"
 
@@ -146,6 +147,34 @@ def _cuda_layer_norm(arch: str) -> list[Case]:
     return [*cases, cuda_case("layer_norm_sums", arch, LAYER_NORM_CU, sums, 256, inputs=inputs)]
 
 
+def _cuda_attention_decode(arch: str) -> list[Case]:
+    """A query and four of them, lanes for D = 64 and 128, and the sum of the chunks."""
+    cases = []
+    for low, lanes, queries in (
+        ("__nv_bfloat16", 8, 1),
+        ("__nv_bfloat16", 16, 1),
+        ("__half", 8, 1),
+        ("float", 8, 1),
+        ("__nv_bfloat16", 8, 4),
+        ("float", 16, 4),
+    ):
+        D, dtype = 8 * lanes, _CUDA_DTYPES[low]
+        cases.append(
+            cuda_case(
+                f"attention_decode-{dtype}-{D}-{queries}",
+                arch,
+                ATTENTION_DECODE_CU,
+                f"attention_decode_kernel<{low}, {lanes}, {queries}>",
+                128,
+                gates.wide_accesses,
+                inputs=f"T {queries}, D {D}, {dtype}",
+            )
+        )
+    merge, inputs = "attention_decode_merge_kernel<__nv_bfloat16>", "bfloat16"
+    name = "attention_decode_merge"
+    return [*cases, cuda_case(name, arch, ATTENTION_DECODE_CU, merge, 128, inputs=inputs)]
+
+
 def _mlp_cases(arch: int) -> list[Case]:
     cases = []
     for name, dtype, tanh, drops in (
@@ -240,6 +269,7 @@ LIBRARY = [
         for arch in CUDA_ARCHS
     ),
     *(case for arch in CUDA_ARCHS for case in _cuda_layer_norm(arch)),
+    *(case for arch in CUDA_ARCHS for case in _cuda_attention_decode(arch)),
     *(
         triton_case(
             f"{raw}-{C}",

@@ -50,7 +50,7 @@ def mutants(ptx: str) -> Iterator[tuple[str, str]]:
 
 def only_entry(ptx: str, name: str) -> str:
     """Leave out all kernels but one."""
-    return re.sub(rf"(?s)\.visible \.entry (?!{re.escape(name)}\b).*?\n\}}\n", "", ptx)
+    return re.sub(rf"(?s)(?:\.visible )?\.entry (?!{re.escape(name)}\b).*?\n\}}\n", "", ptx)
 
 
 @dataclass
