@@ -5,80 +5,14 @@
 // rows, keeps its sums for weight and bias in registers, and leaves them to a second kernel that
 // adds those of all blocks in order. That second launch is small, needs no counter that two streams
 // could share, and adds on all multiprocessors rather than in the block that finishes last.
+#include "cuda/chunk.cuh"
 #include "cuda/launchers.h"
 #include "cuda/layer_norm.h"
-#include "philox.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 namespace fastformer {
 namespace {
 
-constexpr int kChunk = kLayerNormChunk;
-static_assert(kChunk == kColsPerDraw, "a chunk takes its dropout from one draw");
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-
-template <typename T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <> __device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-
-template <typename T> union Wide {
-  __device__ Wide() : bits(make_uint4(0, 0, 0, 0)) {}
-  uint4 bits;
-  T x[16 / sizeof(T)];
-};
-
-// Columns [col, col + 8) of a row; zeros beyond C.
-template <bool kWide, typename T>
-__device__ __forceinline__ void load(float (&v)[kChunk], const T *row, int col, int C) {
-  if constexpr (kWide) {
-    constexpr int kPiece = 16 / sizeof(T);
-#pragma unroll
-    for (int p = 0; p < kChunk; p += kPiece) {
-      Wide<T> piece;
-      if (col + p < C)
-        piece.bits = *reinterpret_cast<const uint4 *>(row + col + p);
-#pragma unroll
-      for (int j = 0; j < kPiece; ++j)
-        v[p + j] = to_float(piece.x[j]);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j)
-      v[j] = col + j < C ? to_float(row[col + j]) : 0.0f;
-  }
-}
-
-template <bool kWide, typename T>
-__device__ __forceinline__ void store(T *row, const float (&v)[kChunk], int col, int C) {
-  if constexpr (kWide) {
-    constexpr int kPiece = 16 / sizeof(T);
-#pragma unroll
-    for (int p = 0; p < kChunk; p += kPiece) {
-      Wide<T> piece;
-#pragma unroll
-      for (int j = 0; j < kPiece; ++j)
-        piece.x[j] = from_float<T>(v[p + j]);
-      if (col + p < C)
-        *reinterpret_cast<uint4 *>(row + col + p) = piece.bits;
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j)
-      if (col + j < C)
-        row[col + j] = from_float<T>(v[j]);
-  }
-}
+static_assert(kLayerNormChunk == kChunk);
 
 __device__ __forceinline__ float2 warp_sum(float2 v) {
 #pragma unroll
@@ -115,17 +49,6 @@ __device__ __forceinline__ V row_sum(V v, V (&partial)[2][32], int turn) {
     v = warp_sum(v);
   }
   return v;
-}
-
-// Zeros what is dropped and scales the rest.
-__device__ __forceinline__ void apply_dropout(float (&v)[kChunk], uint64_t seed, uint64_t stream,
-                                              int64_t row, int col, uint32_t threshold,
-                                              float scale) {
-  const PhiloxWords draw =
-      dropout_draw(seed, stream, static_cast<uint32_t>(row), static_cast<uint32_t>(col / kChunk));
-#pragma unroll
-  for (int j = 0; j < kChunk; ++j)
-    v[j] = dropout_keep(draw, j, threshold) ? v[j] * scale : v[j] * 0.0f; // NaN stays, as in torch
 }
 
 template <int kMode> struct Shape {
@@ -172,7 +95,7 @@ __global__ void __launch_bounds__(Shape<kMode>::kMaxThreads)
       const uint64_t stream = static_cast<uint64_t>(rng[1]) + static_cast<uint64_t>(site);
 #pragma unroll
       for (int i = 0; i < L::kChunks; ++i)
-        apply_dropout(branch[i], seed, stream, row, L::col(i), threshold, scale);
+        apply_dropout(branch[i], draw(seed, stream, row, L::col(i)), threshold, scale);
     }
 #pragma unroll
     for (int i = 0; i < L::kChunks; ++i) {
@@ -270,7 +193,7 @@ __global__ void __launch_bounds__(Shape<kMode>::kMaxThreads)
       store<L::kWide>(grad_rows + at, grad[i], L::col(i), C);
       if (grad_x) {
         if (rng)
-          apply_dropout(grad[i], seed, stream, row, L::col(i), threshold, scale);
+          apply_dropout(grad[i], draw(seed, stream, row, L::col(i)), threshold, scale);
         store<L::kWide>(grad_x + at, grad[i], L::col(i), C);
       }
     }

@@ -69,6 +69,37 @@ private:
   torch::stable::accelerator::DeviceGuard guard_;
   fastformer_stream stream_;
 };
+
+// The launchers' name of a dtype.
+inline int dtype_index(const char *op, const char *name, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                      type == ScalarType::Half,
+                  op, ": ", name, " must be float32, bfloat16 or float16, got ", type);
+  return type == ScalarType::Float      ? FASTFORMER_FLOAT32
+         : type == ScalarType::BFloat16 ? FASTFORMER_BFLOAT16
+                                        : FASTFORMER_FLOAT16;
+}
+
+// An uninitialised contiguous tensor on the device of `t`.
+inline Tensor like(const Tensor &t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                   ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, t.device());
+}
+
+// Fills in what a launcher's arguments have of dropout; without a state nothing is dropped.
+template <typename Args>
+void set_dropout(const char *op, Args &a, double p, const std::optional<Tensor> &rng,
+                 int64_t site) {
+  if (!rng)
+    return;
+  STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2 &&
+                      rng->is_contiguous(),
+                  op, ": rng must be a contiguous int64 tensor (seed, offset)");
+  a.rng = static_cast<const int64_t *>(rng->const_data_ptr());
+  a.site = site;
+  a.threshold = dropout_threshold(p);
+  a.scale = 65536.0f / static_cast<float>(65536 - a.threshold);
+}
 #endif
 
 } // namespace fastformer

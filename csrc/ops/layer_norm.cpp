@@ -154,15 +154,6 @@ add_layer_norm_bwd(const Tensor &grad_normed, const std::optional<Tensor> &grad_
 }
 
 #ifdef FASTFORMER_WITH_CUDA
-int dtype_index(const char *op, const char *name, ScalarType type) {
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 ||
-                      type == ScalarType::Half,
-                  op, ": ", name, " must be float32, bfloat16 or float16, got ", type);
-  return type == ScalarType::Float      ? FASTFORMER_FLOAT32
-         : type == ScalarType::BFloat16 ? FASTFORMER_BFLOAT16
-                                        : FASTFORMER_FLOAT16;
-}
-
 void check_cuda_rows(const char *op, const RowShape &shape, ScalarType x, ScalarType residual,
                      ScalarType normed) {
   STD_TORCH_CHECK(fastformer_layer_norm_takes(dtype_index(op, "x", x),
@@ -183,24 +174,6 @@ Tensor float_vector_cuda(const char *op, const char *name, const Tensor &t, int6
                   ",), got ", t.numel(), " elements in ", t.dim(), " dimensions");
   const bool is_float = dtype_index(op, name, t.scalar_type()) == FASTFORMER_FLOAT32;
   return torch::stable::contiguous(is_float ? t : torch::stable::to(t, ScalarType::Float));
-}
-
-template <typename Sizes> Tensor like(const Tensor &t, Sizes sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, t.device());
-}
-
-template <typename Args>
-void set_dropout(const char *op, Args &a, double p, const std::optional<Tensor> &rng,
-                 int64_t site) {
-  if (!rng)
-    return;
-  STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2 &&
-                      rng->is_contiguous(),
-                  op, ": rng must be a contiguous int64 tensor (seed, offset)");
-  a.rng = static_cast<const int64_t *>(rng->const_data_ptr());
-  a.site = site;
-  a.threshold = dropout_threshold(p);
-  a.scale = 65536.0f / static_cast<float>(65536 - a.threshold);
 }
 
 // What both forward ops share, as `normalise` does for the CPU.
