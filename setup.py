@@ -45,7 +45,7 @@ CPU_OPS = ["dropout", "gemm", "layer_norm", "linear", "mlp", "linear_cross_entro
 CPU_OPS += ["attention_fwd", "attention_bwd", "adamw"]
 BINDINGS = ["dropout", "attention", "layer_norm", "linear", "linear_cross_entropy", "mlp"]
 BINDINGS += ["adamw", "gemm", "memory", "attention_decode"]
-CUDA_SOURCES = ["runtime", "dropout", "layer_norm", "attention_decode"]
+CUDA_SOURCES = ["runtime", "dropout", "layer_norm", "attention_decode", "mlp"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]

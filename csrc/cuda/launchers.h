@@ -77,4 +77,40 @@ struct fastformer_attention_decode_args {
 
 int fastformer_attention_decode(const fastformer_attention_decode_args *args,
                                 fastformer_stream stream);
+
+// Matrices are (N, F) and contiguous, of the type named; dropout is as above.
+struct fastformer_gelu_fwd_args {
+  const void *pre;
+  void *hidden;
+  const int64_t *rng;
+  int64_t N, F, site;
+  float scale;
+  uint32_t threshold;
+  int type, tanh;
+};
+
+struct fastformer_gelu_bwd_args {
+  const void *pre;
+  void *grad; // of hidden on entry, of pre on return
+  void *hidden, *grad_bias;
+  float *sums; // scratch: fastformer_mlp_sum_rows(N) * F
+  const int64_t *rng;
+  int64_t N, F, site;
+  float scale;
+  uint32_t threshold;
+  int type, tanh;
+};
+
+struct fastformer_column_sums_args {
+  const void *rows;
+  void *out;
+  float *sums; // as above
+  int64_t N, F;
+  int type;
+};
+
+int64_t fastformer_mlp_sum_rows(int64_t N);
+int fastformer_gelu_fwd(const fastformer_gelu_fwd_args *args, fastformer_stream stream);
+int fastformer_gelu_bwd(const fastformer_gelu_bwd_args *args, fastformer_stream stream);
+int fastformer_column_sums(const fastformer_column_sums_args *args, fastformer_stream stream);
 }

@@ -37,6 +37,7 @@ from tests.ptx.triton_compile import ROOT
 ATTENTION_DECODE_CU = ROOT / "csrc" / "cuda" / "attention_decode.cu"
 DROPOUT_CU = ROOT / "csrc" / "cuda" / "dropout.cu"
 LAYER_NORM_CU = ROOT / "csrc" / "cuda" / "layer_norm.cu"
+MLP_CU = ROOT / "csrc" / "cuda" / "mlp.cu"
 
 
 def _layer_norm(raw: str, C: int) -> None:
@@ -175,6 +176,27 @@ def _cuda_attention_decode(arch: str) -> list[Case]:
     return [*cases, cuda_case(name, arch, ATTENTION_DECODE_CU, merge, 128, inputs=inputs)]
 
 
+# Of one chunk in a turn, beside the two numbers of a dropout state.
+_half_wide = partial(gates.wide_accesses, share=0.6)
+
+
+def _cuda_mlp(arch: str) -> list[Case]:
+    cases = []
+    for low, dtype in _CUDA_DTYPES.items():
+        for kernel, flags, inputs in (
+            ("gelu_fwd", ", false, true", f"{dtype}, erf"),
+            ("gelu_bwd", ", false, true", f"{dtype}, erf"),
+            ("gelu_bwd", ", true, true", f"{dtype}, tanh"),
+            ("column_sums", ", true", dtype),
+        ):
+            name = "-".join([f"mlp_{kernel}", low.strip("_"), *inputs.split(", ")[1:]])
+            signature = f"{kernel}_kernel<{low}{flags}>"
+            case = cuda_case(name, arch, MLP_CU, signature, 256, _half_wide, inputs=inputs)
+            cases.append(case)
+    sums, inputs = "add_sums_kernel<float>", "float32"
+    return [*cases, cuda_case("mlp_add_sums", arch, MLP_CU, sums, 256, inputs=inputs)]
+
+
 def _mlp_cases(arch: int) -> list[Case]:
     cases = []
     for name, dtype, tanh, drops in (
@@ -270,6 +292,7 @@ LIBRARY = [
     ),
     *(case for arch in CUDA_ARCHS for case in _cuda_layer_norm(arch)),
     *(case for arch in CUDA_ARCHS for case in _cuda_attention_decode(arch)),
+    *(case for arch in CUDA_ARCHS for case in _cuda_mlp(arch)),
     *(
         triton_case(
             f"{raw}-{C}",

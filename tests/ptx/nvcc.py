@@ -154,11 +154,16 @@ class CudaKernels:
         """The entry of a demangled name with its template arguments: "copy_kernel<4, true>"."""
         return _mangled(name, self._module.program.entries)
 
+    def parameter_bytes(self, name: str) -> list[int]:
+        """The sizes of a kernel's parameters."""
+        entry = self._module.program.entries[self.mangled(name)]
+        return [parameter.bytes for parameter in entry.parameters]
+
     def launch(
         self,
         name: str,
         grid: int | Sequence[int],
-        threads: int,
+        threads: int | Sequence[int],
         arguments: Sequence[Any],
         *,
         machine: Callable[[str], Module] | None = None,
