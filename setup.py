@@ -248,6 +248,8 @@ class BuildExt(build_ext):
         for op in CPU_OPS:
             for isa, flags in isas.items():
                 yield step(f"cpu/{op}.cpp", [f"-DFASTFORMER_ISA=isa_{isa}", *flags], f".{isa}")
+        if archs:
+            yield step("cuda/cublaslt.cpp", [])
         target = "0x{:02x}{:02x}000000000000".format(*MIN_TORCH)
         stable = [f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch / 'include'}"]
         stable += ["-DFASTFORMER_WITH_CUDA"] if archs else []
