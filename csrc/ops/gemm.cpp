@@ -96,6 +96,8 @@ void library_addmm(const Tensor &out, const Tensor &added, const Tensor &a, cons
       aoti_torch_cpu_addmm_out(out.get(), added.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
+} // namespace
+
 void library_mm(const Tensor &out, const Tensor &a, const Tensor &b) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
@@ -104,7 +106,16 @@ void library_mm(const Tensor &out, const Tensor &a, const Tensor &b) {
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-} // namespace
+void library_linear(const Tensor &out, const Tensor &x, const Tensor &weight,
+                    const std::optional<Tensor> &bias) {
+  if (!bias)
+    return library_mm(out, x, transposed(weight));
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(x), from(weight), from(bias), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 void mm_out(const Tensor &out, const Tensor &a, const Tensor &b) {
   if (!multiply(out, a, b, nullptr, false))

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 namespace fastformer {
 
 // A 2-D matrix seen with its dimensions exchanged.
@@ -25,5 +27,13 @@ void mm_bias_out(const torch::stable::Tensor &out, const torch::stable::Tensor &
 // out += a b in float32.
 void mm_add(const torch::stable::Tensor &out, const torch::stable::Tensor &a,
             const torch::stable::Tensor &b);
+
+// By PyTorch's libraries alone, on any device and in any dtype: out = a b, and out = x weight^T +
+// bias, where cuBLAS adds the bias before it rounds.
+void library_mm(const torch::stable::Tensor &out, const torch::stable::Tensor &a,
+                const torch::stable::Tensor &b);
+void library_linear(const torch::stable::Tensor &out, const torch::stable::Tensor &x,
+                    const torch::stable::Tensor &weight,
+                    const std::optional<torch::stable::Tensor> &bias);
 
 } // namespace fastformer

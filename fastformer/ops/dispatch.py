@@ -65,8 +65,8 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "attention_varlen_fwd": ("triton", "reference"),
         "attention_varlen_bwd": ("triton", "reference"),
         "attention_varlen_qkvpacked_bwd": ("triton", "reference"),
-        "mlp_fwd": ("triton", "reference"),
-        "mlp_bwd": ("triton", "reference"),
+        "mlp_fwd": ("triton", "cuda", "reference"),
+        "mlp_bwd": ("triton", "cuda", "reference"),
         "linear_cross_entropy_fwd": ("triton", "reference"),
     },
 }
@@ -78,10 +78,14 @@ _FALLBACK = ("reference",)
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of a raw op; `refuse(*args)` is the reason it cannot run, or None."""
+    """One implementation of a raw op; `refuse(*args)` is the reason it cannot run, or None.
+
+    `describe(*args)` has what an explanation adds to the backend's name.
+    """
 
     run: Callable[..., Any]
     refuse: Callable[..., str | None]
+    describe: Callable[..., str] | None = None
 
 
 _kernels: dict[str, dict[str, Kernel]] = {}
@@ -128,11 +132,13 @@ def define(
     fake: Callable[..., Any],
     native: Sequence[str] = (),
     limits: Mapping[str, Callable[..., str | None]] | None = None,
+    descriptions: Mapping[str, Callable[..., str]] | None = None,
 ) -> None:
     """Define the raw op `schema`: its router, its fake implementation and its reference kernel.
 
     `native` lists the backends ("cpu", "cuda") whose C++ kernel is the overload `<name>.<backend>`;
-    `limits` has what else a backend refuses, as `add_kernel` has it.
+    `limits` has what else a backend refuses, as `add_kernel` has it, and `descriptions` what
+    `Kernel.describe` says of its kernel.
     """
     name, _, signature = schema.partition("(")
     signature = "(" + signature
@@ -141,9 +147,9 @@ def define(
     for key in native:
         _library.library.define(f"{name}.{key}{signature}")
         packet = getattr(torch.ops.fastformer, name)
-        add_kernel(
-            name, key, getattr(packet, key), _refuse_native(name, key, (limits or {}).get(key))
-        )
+        refuse = _refuse_native(name, key, (limits or {}).get(key))
+        describe = (descriptions or {}).get(key)
+        _kernels[name][key] = Kernel(getattr(packet, key), refuse, describe)
 
     def route(*args: Any) -> Any:
         # Autograd is the business of the public functions; a raw op records nothing.
@@ -295,16 +301,21 @@ def _warn_slow(op: str, better: str, used: str, args: Sequence[Any]) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: per raw op, the backend that would run and why no other would."""
+    """What `explain` found: per raw op, the backend that would run and why no other would.
+
+    `details` has what some kernels add: how they would go about these arguments.
+    """
 
     op: str
     chosen: dict[str, str]
     reasons: dict[str, dict[str, str]]
+    details: dict[str, str]
 
     def __str__(self) -> str:
         lines = []
         for raw, chosen in self.chosen.items():
             lines.append(f"{raw}: {chosen} ({BACKENDS.get(chosen, 'nothing can run')})")
+            lines += [f"  {self.details[raw]}"] if raw in self.details else []
             lines += [f"  not {name}: {why}" for name, why in self.reasons[raw].items()]
         return "\n".join(lines)
 
@@ -333,10 +344,14 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         raise ValueError(f"explain: unknown op {op!r}{hint} (known: {', '.join(_explainers)})")
     chosen: dict[str, str] = {}
     reasons: dict[str, dict[str, str]] = {}
+    details: dict[str, str] = {}
     for raw, raw_args in _explainers[op](*args, **kwargs):
         preferred = _row(_device_type(raw_args), raw)
         row = (_forced,) if _forced else preferred
         chosen[raw] = next((b for b in row if _refusal(raw, b, raw_args) is None), "none")
+        kernel = _kernels[raw].get(chosen[raw])
+        if kernel is not None and kernel.describe is not None:
+            details[raw] = kernel.describe(*raw_args)
         reasons[raw] = {}
         for name in BACKENDS:
             if name == chosen[raw]:
@@ -354,7 +369,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
             elif why is None:
                 why = "it is not the automatic choice here; force it with fastformer.backend"
             reasons[raw][name] = why
-    return Explanation(op, chosen, reasons)
+    return Explanation(op, chosen, reasons, details)
 
 
 def automatic(device_type: str) -> dict[str, str]:

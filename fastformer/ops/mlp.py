@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastformer import _library
 from fastformer.ops import dispatch, reference
 from fastformer.ops.arguments import (
     autocast_dtype,
@@ -49,19 +50,49 @@ def _bwd_fake(
     )
 
 
+def _refuse_cuda(x: Tensor, *rest: Any) -> str | None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, got {str(x.dtype)[6:]}"
+    return None
+
+
+_library.library.define(
+    "mlp_epilogue(Tensor x, Tensor w1, Tensor w2, bool tanh, bool drops) -> str"
+)
+
+
+def _describe_cuda(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    tanh: bool,
+    dropout_p: float,
+    rng: Tensor | None,
+    site: int,
+) -> str:
+    """Forward arguments also stand for a backward pass."""
+    return torch.ops.fastformer.mlp_epilogue.default(x, w1, w2, tanh, rng is not None)
+
+
 dispatch.define(
     "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool tanh,"
     " float dropout_p, Tensor? rng, int site) -> (Tensor, Tensor)",
     reference=reference.mlp_fwd,
     fake=_fwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": _refuse_cuda},
+    descriptions={"cuda": _describe_cuda},
 )
 dispatch.define(
     "mlp_bwd(Tensor grad_out, Tensor x, Tensor w1, Tensor w2, Tensor pre, bool tanh,"
     " float dropout_p, Tensor? rng, int site) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.mlp_bwd,
     fake=_bwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": _refuse_cuda},
+    descriptions={"cuda": _describe_cuda},
 )
 
 for _op in ("mlp_fwd", "mlp_bwd"):

@@ -11,12 +11,17 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+import fastformer
+from fastformer import _library
+from fastformer.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -277,3 +282,51 @@ def test_the_library_that_the_process_has_comes_first(folder, recorder):
     shutil.copy(folder / "empty.so", folder / "never-loaded.so")
     library = Library(folder, "never-loaded.so", "libcublasLt.so.test")
     assert not library.missing() and weights_product(library)
+
+
+EXPLAIN = """
+import torch, fastformer
+from fastformer.ops import dispatch
+dispatch._device_type = lambda args: "cuda"
+def explain(dtype, F, activation="gelu_tanh", p=0.0):
+    x, w1, w2 = (torch.zeros(s, dtype=dtype) for s in ((4, 8), (F, 8), (8, F)))
+    print(fastformer.explain("mlp", x, w1, None, w2, None, activation=activation, dropout_p=p))
+with fastformer.backend("cuda"):
+    explain(torch.bfloat16, 16)
+    explain(torch.bfloat16, 16, "gelu")
+    explain(torch.bfloat16, 16, p=0.5)
+    explain(torch.float32, 16)
+    explain(torch.bfloat16, 12)
+"""
+needs_cuda_kernels = pytest.mark.skipif(
+    _library.WHY_NOT is not None or _library.build_info()["cuda_runtime"] == "none",
+    reason="the compiled library has no CUDA kernels",
+)
+
+
+@needs_cuda_kernels
+def test_explain_says_how_to_have_gelu_at_the_end_of_a_product(monkeypatch):
+    monkeypatch.setattr(dispatch, "_device_type", lambda args: "cuda")
+    x = torch.zeros(4, 8)
+    with fastformer.backend("cuda"):
+        lines = str(fastformer.explain("mlp", x, x, None, x.t(), None)).splitlines()
+    where = "  GELU has a pass of its own: FASTFORMER_CUBLASLT=1 would let"
+    assert lines[0] == "mlp_fwd: cuda (CUDA C++ kernels)" and lines[1].startswith(where)
+    assert sum(line.startswith(where) for line in lines) == 2  # of mlp_bwd too
+
+
+@needs_cuda_kernels
+def test_explain_says_why_no_product_ends_in_gelu():
+    env = os.environ | {"PYTHONPATH": str(ROOT), "FASTFORMER_CUBLASLT": "1"}
+    done = subprocess.run([sys.executable, "-c", EXPLAIN], env=env, capture_output=True, text=True)
+    details = [line for line in done.stdout.splitlines() if line.startswith("  GELU ends")]
+    details += [line for line in done.stdout.splitlines() if line.startswith("  GELU has")]
+    plain, *others = details[::2]  # forward and backward say the same
+    assert details[1::2] == [plain, *others], done.stderr
+    reasons = ("tanh form", "dropout", "bfloat16 and float16", "multiple of 8")
+    for line, words in zip(others, reasons, strict=True):
+        assert line.startswith("  GELU has a pass of its own: cuBLASLt's") and words in line
+    if torch.version.cuda is None:
+        assert "libcublasLt.so.13: cannot open" in plain and "libcublasLt.so.12: " in plain
+    else:
+        assert plain.startswith("  GELU ends products of cuBLASLt ")

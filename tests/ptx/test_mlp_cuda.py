@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton, which brings the disassembler")
 
 from fastformer.ops import dropout_mask, reference
+from fastformer.ops.mlp import _refuse_cuda
 from tests.ptx import nvcc
 from tests.ptx.launchers import Launchers
 from tests.ptx.library_cases import MLP_CU
@@ -251,3 +252,9 @@ def test_a_type_that_is_none_is_an_error(launchers):
     arguments = GeluForward(None, None, None, Settings(1, 8, type=3))
     with pytest.raises(RuntimeError, match="fastformer_gelu_fwd: CUDA error 1"):
         launchers.call("fastformer_gelu_fwd", arguments, [], "90a")
+
+
+def test_refusals():
+    x = torch.empty(2, 8)
+    assert "got float64" in _refuse_cuda(x.double())
+    assert all(_refuse_cuda(x.to(dtype)) is None for dtype in TYPES)
