@@ -10,11 +10,8 @@
 //
 // B sequences, T query tokens, S key tokens, H heads, D head dim.
 #include "cuda/attention_decode.h"
+#include "cuda/chunk.cuh"
 #include "cuda/launchers.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 namespace fastformer {
 namespace {
@@ -22,19 +19,6 @@ namespace {
 constexpr int kCols = kDecodeCols, kThreads = kDecodeThreads, kWarps = kThreads / 32;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr float kLn2 = 0.693147180559945309f, kLog2E = 1.44269504088896341f;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-
-template <typename Element> __device__ __forceinline__ Element from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <> __device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
 
 // The columns of a lane as they lie in memory.
 template <typename Element> struct Columns {

@@ -2,6 +2,7 @@
 // function here that fills it; the headers need neither torch nor CUDA.
 #include "cuda/attention_decode.h"
 #include "cuda/layer_norm.h"
+#include "cuda/mlp.h"
 
 #include <pybind11/pybind11.h>
 
@@ -32,9 +33,20 @@ void bind_layer_norm(py::module_ m) {
   });
 }
 
+void bind_mlp(py::module_ m) {
+  m.attr("max_sums") = kMlpMaxSums;
+  m.def("launch", &mlp_launch);
+  py::class_<MlpLaunch>(m, "Launch")
+      .def_readonly("wide", &MlpLaunch::wide)
+      .def_readonly("rows_per_block", &MlpLaunch::rows_per_block)
+      .def_readonly("row_blocks", &MlpLaunch::row_blocks)
+      .def_readonly("blocks", &MlpLaunch::blocks);
+}
+
 } // namespace
 
 PYBIND11_MODULE(native, m) {
   bind_attention_decode(m.def_submodule("attention_decode"));
   bind_layer_norm(m.def_submodule("layer_norm"));
+  bind_mlp(m.def_submodule("mlp"));
 }

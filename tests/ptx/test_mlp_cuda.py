@@ -258,3 +258,16 @@ def test_refusals():
     x = torch.empty(2, 8)
     assert "got float64" in _refuse_cuda(x.double())
     assert all(_refuse_cuda(x.to(dtype)) is None for dtype in TYPES)
+
+
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize(("N", "cols"), [(1, 8), (17, 255), (3000, 512), (10**6, 3072)])
+def test_launches_cover_all_rows_and_columns(native, N, cols, sums) -> None:
+    launch = native.mlp.launch(N, cols, 2, 0, sums)
+    rows = launch.row_blocks * launch.rows_per_block
+    assert N <= rows < N + launch.rows_per_block
+    assert launch.blocks == launch.row_blocks * math.ceil(cols / 256)
+    assert launch.wide == (cols % 8 == 0)
+    assert not native.mlp.launch(N, cols, 2, 2, sums).wide  # an address that 16 does not divide
+    if sums:
+        assert launch.row_blocks <= native.mlp.max_sums
