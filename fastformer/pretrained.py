@@ -96,6 +96,26 @@ _FORMATS = (
         unused=r"vit\.pooler\..*",
     ),
     _Format(
+        "Hugging Face ViT of transformers 5, as it is in memory",
+        "vit",
+        r"vit\.layers\.0\.attention\.q_proj\.weight",
+        (
+            (r"vit\.embeddings\.cls_token", "embedding.class_token"),
+            (r"vit\.embeddings\.position_embeddings", "embedding.position"),
+            (r"vit\.embeddings\.patch_embeddings\.projection", "embedding.patch"),
+            (r"vit\.layernorm", "transformer.norm"),
+            (r"classifier", "head"),
+            (r"vit\.layers\.(\d+)\.layernorm_before", rf"{_BLOCK}.norm1"),
+            (r"vit\.layers\.(\d+)\.attention\.q_proj", rf"{_BLOCK}.attention.query"),
+            (r"vit\.layers\.(\d+)\.attention\.k_proj", rf"{_BLOCK}.attention.key"),
+            (r"vit\.layers\.(\d+)\.attention\.v_proj", rf"{_BLOCK}.attention.value"),
+            (r"vit\.layers\.(\d+)\.attention\.o_proj", rf"{_BLOCK}.attention.out"),
+            (r"vit\.layers\.(\d+)\.layernorm_after", rf"{_BLOCK}.norm2"),
+            (r"vit\.layers\.(\d+)\.mlp\.(fc1|fc2)", rf"{_BLOCK}.mlp.\2"),
+        ),
+        unused=r"vit\.pooler\..*",
+    ),
+    _Format(
         "timm ViT",
         "vit",
         r"blocks\.0\.attn\.qkv\.weight",
@@ -150,14 +170,10 @@ def load_pretrained(path: str | Path, preset: str, **overrides: Any) -> BERT | G
     """
     theirs = _read(Path(path))
     kind = find_preset(preset).kind
-    matching = [f for f in _FORMATS if any(re.fullmatch(f.mark, name) for name in theirs)]
-    if not matching:
-        known = ", ".join(f.name for f in _FORMATS)
-        raise ValueError(f"{path} holds none of the known formats ({known})")
-    found = matching[0]
+    found = _format_of(theirs, str(path))
     if found.kind != kind:
         raise ValueError(f"{path} is a {found.name}, preset {preset!r} is a {kind} model")
-    ours = _rename(theirs, found, str(path))
+    ours = pack(rename(theirs, str(path)))
     model = from_preset(preset, **overrides)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if kind == "vit" and "num_classes" in overrides:
@@ -185,7 +201,22 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds more than weights: {str(error).splitlines()[0]}") from None
 
 
-def _rename(theirs: dict[str, Tensor], form: _Format, path: str) -> dict[str, Tensor]:
+def _format_of(theirs: dict[str, Tensor], path: str) -> _Format:
+    for form in _FORMATS:
+        if any(re.fullmatch(form.mark, name) for name in theirs):
+            return form
+    known = ", ".join(form.name for form in _FORMATS)
+    raise ValueError(f"{path} holds none of the known formats ({known})")
+
+
+def rename(theirs: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Return parameters of another library, or their gradients, under our names.
+
+    They are the given tensors or transposed views of them, without those that we have no use for.
+    Queries, keys and values may still be apart, see `pack`. `path` is for the ValueError that names
+    of no known format raise.
+    """
+    form = _format_of(theirs, path)
     ours: dict[str, Tensor] = {}
     for name, value in theirs.items():
         if re.fullmatch(form.unused, name):
@@ -202,10 +233,10 @@ def _rename(theirs: dict[str, Tensor], form: _Format, path: str) -> dict[str, Te
             raise ValueError(f"{path}: {name} has no place in a {form.name} of fastformer")
         turned = form.transposed is not None and re.fullmatch(form.transposed, renamed)
         ours[renamed] = value.t() if turned else value
-    return _pack(ours)
+    return ours
 
 
-def _pack(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+def pack(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join separate projections of queries, keys and values into one."""
     for name in [n for n in ours if ".attention.query." in n]:
         parts = [ours.pop(name.replace("query", part)) for part in ("query", "key", "value")]

@@ -4,31 +4,12 @@ All are optional. The weights are random, so nothing is downloaded; every parame
 from its initial value, as a zero would hide an error.
 """
 
-import importlib
-import importlib.util
-import sys
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from fastformer import from_preset, load_pretrained
-
-
-def _optional(name):
-    """Import a library that may be absent, beside a torch that it was not built for."""
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"needs {name}")
-    if importlib.util.find_spec("torchvision") is not None and "torchvision" not in sys.modules:
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError:
-            # Its C++ ops do not load under another build of torch. No model here uses them.
-            for op in ("nms", "qnms"):
-                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                torch.library.define(f"torchvision::{op}", schema)
-            importlib.import_module("torchvision")
-    return importlib.import_module(name)
+from tests.interop import optional
 
 
 def _randomise(model):
@@ -45,9 +26,9 @@ def _same(found, expected):
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_vit_b16(library, tmp_path):
     if library == "torchvision":
-        theirs = _optional("torchvision").models.vit_b_16(num_classes=3)
+        theirs = optional("torchvision").models.vit_b_16(num_classes=3)
     else:
-        theirs = _optional("timm").create_model("vit_base_patch16_224", num_classes=3)
+        theirs = optional("timm").create_model("vit_base_patch16_224", num_classes=3)
     _randomise(theirs)
     path = tmp_path / "weights.pth"
     torch.save(theirs.state_dict(), path)
@@ -58,7 +39,7 @@ def test_vit_b16(library, tmp_path):
 
 
 def test_hugging_face_vit(tmp_path):
-    transformers = _optional("transformers")
+    transformers = optional("transformers")
     config = transformers.ViTConfig(
         hidden_size=48,
         num_hidden_layers=3,
@@ -76,13 +57,17 @@ def test_hugging_face_vit(tmp_path):
     model = load_pretrained(tmp_path, "vit-s16", **shape, image_size=32, num_classes=5)
     with torch.no_grad():
         _same(model(images), theirs(images).logits)
+        # In memory its parameters have other names than in its files.
+        torch.save(theirs.state_dict(), tmp_path / "memory.pth")
+        path, options = tmp_path / "memory.pth", {"image_size": 32, "num_classes": 5}
+        _same(load_pretrained(path, "vit-s16", **shape, **options)(images), model(images))
         other = load_pretrained(tmp_path, "vit-s16", **shape, image_size=32, num_classes=2)
         _same(other.hidden(images), model.hidden(images))
         assert other(images).shape == (2, 2)
 
 
 def test_hugging_face_gpt2(tmp_path):
-    transformers = _optional("transformers")
+    transformers = optional("transformers")
     config = transformers.GPT2Config(
         vocab_size=101,
         n_positions=40,
@@ -118,7 +103,7 @@ def test_hugging_face_gpt2(tmp_path):
 
 
 def test_hugging_face_bert(tmp_path):
-    transformers = _optional("transformers")
+    transformers = optional("transformers")
     config = transformers.BertConfig(
         vocab_size=101,
         hidden_size=48,
