@@ -379,7 +379,12 @@ class _LanguageModel(_Model):
             padding = torch.arange(ids.shape[1], device=ids.device) >= key_lengths[:, None]
             targets = targets.masked_fill(padding, IGNORE_INDEX)
         return ops.linear_cross_entropy(
-            x, self.head.weight, targets, bias=self.head.bias, ignore_index=IGNORE_INDEX
+            x,
+            self.head.weight,
+            targets,
+            bias=self.head.bias,
+            ignore_index=IGNORE_INDEX,
+            mostly_ignored=not self.config.causal,  # an encoder predicts masked tokens
         )
 
 

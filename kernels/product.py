@@ -58,13 +58,23 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LEFT_TRANSPOSED: tl.constexpr = False,
+    left_columns=None,
 ):
-    """A tile of a b, (BLOCK_M, BLOCK_N) in float32. A descriptor of b is of b^T if TRANSPOSED."""
+    """A tile of a b, (BLOCK_M, BLOCK_N) in float32. A descriptor of b is of b^T if TRANSPOSED, one
+    of a is of a^T if LEFT_TRANSPOSED.
+
+    `left_columns` are those that a has, if they are more than K; b counts as zero there. A multiple
+    of 16 makes for wide loads.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if isinstance(a, tl.tensor_descriptor):
         first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
         for start in range(0, K, BLOCK_K):
-            left = a.load([first_m, start])
+            if LEFT_TRANSPOSED:
+                left = a.load([start, first_m]).T
+            else:
+                left = a.load([first_m, start])
             if TRANSPOSED:
                 right = b.load([first_n, start]).T
             else:
@@ -76,12 +86,14 @@ def product(
         offs_k = tl.arange(0, BLOCK_K)
         step = tl.full((), BLOCK_K, tl.int64)
         mask_m, mask_n = (offs_m < M)[:, None], (offs_n < N)[None, :]
+        if left_columns is None:
+            left_columns = K
         a += offs_m[:, None] * stride_am + offs_k[None, :].to(tl.int64) * stride_ak
         b += offs_k[:, None].to(tl.int64) * stride_bk + offs_n[None, :] * stride_bn
         for start in range(0, K, BLOCK_K):
-            mask_k = offs_k < K - start
-            left = tl.load(a, mask=mask_m & mask_k[None, :], other=0.0)
-            right = tl.load(b, mask=mask_k[:, None] & mask_n, other=0.0)
+            mask_left = mask_m & (offs_k < left_columns - start)[None, :]
+            left = tl.load(a, mask=mask_left, other=0.0)
+            right = tl.load(b, mask=(offs_k < K - start)[:, None] & mask_n, other=0.0)
             acc = _add_product(acc, left, right, BLOCK_K)
             a += step * stride_ak
             b += step * stride_bk
@@ -117,14 +129,21 @@ def has_tma(*operands: Tensor) -> bool:
 
 
 def operands(
-    a: Tensor, b: Tensor, transposed: bool, tma: bool, options: dict[str, Any]
+    a: Tensor,
+    b: Tensor,
+    transposed: bool,
+    tma: bool,
+    options: dict[str, Any],
+    left_transposed: bool = False,
 ) -> tuple[Any, Any]:
-    """What `product` takes: `b` is of shape (N, K) if `transposed`, else (K, N)."""
+    """What `product` takes: `b` is of shape (N, K) if `transposed`, else (K, N); `a` is of shape
+    (K, M) if `left_transposed`, else (M, K)."""
     if not tma:
         return a, b
     block_m, block_n, block_k = (options[f"BLOCK_{name}"] for name in "MNK")
+    a_block = [block_k, block_m] if left_transposed else [block_m, block_k]
     b_block = [block_n, block_k] if transposed else [block_k, block_n]
     return (
-        TensorDescriptor.from_tensor(a, [block_m, block_k]),
+        TensorDescriptor.from_tensor(a, a_block),
         TensorDescriptor.from_tensor(b, b_block),
     )

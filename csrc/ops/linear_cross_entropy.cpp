@@ -171,7 +171,8 @@ void check(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &b
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd_cpu(
     const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias, const Tensor &targets,
-    int64_t ignore_index, double label_smoothing, double z_loss, bool mean, bool needs_grad) {
+    int64_t ignore_index, double label_smoothing, double z_loss, bool mean,
+    bool /*mostly_ignored: ignored rows never cost anything here*/, bool needs_grad) {
   check(x, weight, bias, targets);
   const int64_t N = x.size(0), C = x.size(1), V = weight.size(0);
   const Counted counted = counted_rows(targets, ignore_index, V);

@@ -2,8 +2,9 @@
 
 Logits are made a chunk of rows at a time and turned into their own gradient at once (computing the
 gradient in the forward pass is Liger-Kernel's idea; Wijmans et al., "Cut Your Losses in
-Large-Vocabulary Language Models", 2024, keep less still). Rows with an ignored target are never
-multiplied: masked language models predict 15 % of their tokens.
+Large-Vocabulary Language Models", 2024, keep less still). Rows with an ignored target need not be
+multiplied: masked language models predict 15 % of their tokens. On a GPU, where the host does not
+know their number, the caller says that they are many.
 
 N rows, C model dim, V vocabulary.
 """
@@ -39,6 +40,7 @@ def _fwd_fake(
     label_smoothing: float,
     z_loss: float,
     mean: bool,
+    mostly_ignored: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty((), dtype=reference.accumulator(x.dtype))
@@ -50,8 +52,8 @@ def _fwd_fake(
 
 dispatch.define(
     "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor targets,"
-    " int ignore_index, float label_smoothing, float z_loss, bool mean, bool needs_grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " int ignore_index, float label_smoothing, float z_loss, bool mean, bool mostly_ignored,"
+    " bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_fwd,
     fake=_fwd_fake,
     native=("cpu",),
@@ -118,6 +120,7 @@ def _prepare(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    mostly_ignored: bool = False,
 ) -> tuple[Any, ...]:
     op = "linear_cross_entropy"
     dtype = autocast_dtype(x)
@@ -150,7 +153,13 @@ def _prepare(
         raise ValueError(f"{op}: z_loss must not be negative, got {z_loss}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be 'mean' or 'sum', got {reduction!r}")
-    settings = (ignore_index, float(label_smoothing), float(z_loss), reduction == "mean")
+    settings = (
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
+        reduction == "mean",
+        mostly_ignored,
+    )
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is not known when C is 0
     return rows, weight, bias, targets.reshape(-1), *settings
 
@@ -165,13 +174,17 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    mostly_ignored: bool = False,
 ) -> Tensor:
     """Return cross_entropy(x weight^T + bias, targets) as a float32 scalar.
 
     x (..., C), weight (V, C), bias (V,), targets (...) int64 in [0, V) or `ignore_index`; rows
-    with the latter cost nothing and do not count. label_smoothing: as in torch. z_loss: adds
+    with the latter do not count. label_smoothing: as in torch. z_loss: adds
     z_loss * logsumexp(logits)**2 per row (PaLM, section 5), which keeps logits from drifting.
-    reduction: "mean" over the counted rows, or "sum".
+    reduction: "mean" over the counted rows, or "sum". mostly_ignored: a hint that most rows are
+    ignored, as in a masked language model. It changes the speed alone: a GPU, whose host does not
+    know how many rows count, then takes products in which the others cost nothing, as they always
+    do on a CPU.
 
     With no counted row the result is 0, where torch's mean gives NaN: a batch without a masked
     token must not end a run. Gradients are computed in the forward pass and only scaled in the
@@ -187,6 +200,7 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         reduction=reduction,
+        mostly_ignored=mostly_ignored,
     )
     if needs_grad(x, weight, bias):
         return _LinearCrossEntropy.apply(*distinct(args))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastformer import BERT, GPT, ImageConfig, TextConfig, TransformerConfig, ViT
+from fastformer import BERT, GPT, ImageConfig, TextConfig, TransformerConfig, ViT, ops
 
 SHAPE = {"dim": 32, "layers": 2, "heads": 2, "hidden_dim": 48}
 TEXT = {**SHAPE, "vocab_size": 50, "max_tokens": 12}
@@ -82,6 +82,20 @@ def test_the_loss_is_cross_entropy_of_the_logits(build):
         torch.testing.assert_close(
             grad, parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize(("build", "expected"), [(bert, True), (gpt, False)])
+def test_a_model_of_masked_tokens_says_that_most_are_ignored(monkeypatch, build, expected):
+    found, loss = [], ops.linear_cross_entropy
+
+    def spy(*args, mostly_ignored, **kwargs):
+        found.append(mostly_ignored)
+        return loss(*args, mostly_ignored=mostly_ignored, **kwargs)
+
+    monkeypatch.setattr(ops, "linear_cross_entropy", spy)
+    model = build()
+    model(*batch(model))
+    assert found == [expected]
 
 
 def test_gpt_by_hand():

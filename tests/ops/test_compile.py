@@ -267,8 +267,8 @@ def raw_calls():
 
         rows, table, targets = x.flatten(0, 1), torch.randn(9, 8).to(dtype), torch.arange(6) - 1
         for one, settings in (
-            (None, (-1, 0.0, 0.0, True)),
-            (table[:, 0].clone(), (-1, 0.1, 0.1, False)),
+            (None, (-1, 0.0, 0.0, True, False)),
+            (table[:, 0].clone(), (-1, 0.1, 0.1, False, True)),
         ):
             for needs_grad in (False, True):
                 call = (rows, table, one, targets, *settings, needs_grad)

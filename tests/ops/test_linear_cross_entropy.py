@@ -25,7 +25,16 @@ def inputs(N, C, V, device, *, bias=True):
 
 
 def eager(
-    x, weight, targets, *, bias=None, z_loss=0.0, reduction="mean", ignore_index=-100, **rest
+    x,
+    weight,
+    targets,
+    *,
+    bias=None,
+    z_loss=0.0,
+    reduction="mean",
+    ignore_index=-100,
+    mostly_ignored=False,
+    **rest,
 ):
     logits = F.linear(x, weight, bias)
     if logits.dtype != torch.float64:
@@ -83,6 +92,7 @@ OPTIONS = {
     "all": {"label_smoothing": 0.2, "z_loss": 1e-3},
     "ignore-0": {"ignore_index": 0, "label_smoothing": 0.1},
     "scaled-loss": {"upstream": 1 / 3},
+    "mostly-ignored": {"mostly_ignored": True},
 }
 
 

@@ -15,6 +15,7 @@ from fastformer.kernels import (
     attention_long,
     attention_long_bwd,
     attention_varlen,
+    counted_rows,
     dropout,
     layer_norm,
     linear_cross_entropy,
@@ -66,8 +67,19 @@ def _mlp(dtype: torch.dtype, tanh: bool, drops: bool) -> None:
 def _cross_entropy(dtype: torch.dtype, smoothing: float) -> None:
     x, weight = meta(4096, 768, dtype=dtype), meta(50257, 768, dtype=dtype)
     targets = meta(4096, dtype=torch.int64)
-    settings = (-100, smoothing, 0.0, True, True)
+    settings = (-100, smoothing, 0.0, True, False, True)
     linear_cross_entropy.linear_cross_entropy_fwd(x, weight, None, targets, *settings)
+
+
+def _counted_rows(backward: bool) -> None:
+    """A head with a bias whose rows are mostly ignored: its loss, or the gradients' products."""
+    x, weight, targets = meta(4096, 768), meta(30522, 768), meta(4096, dtype=torch.int64)
+    if not backward:
+        settings = (-100, 0.0, 0.0, True, True, False)
+        linear_cross_entropy.linear_cross_entropy_fwd(x, weight, weight[:, 0], targets, *settings)
+        return
+    rows = counted_rows.CountedRows(x, meta(30522, 784), targets, -100, several=False)
+    rows.add_gradients(0, meta(4096, 30528), weight)
 
 
 def _dropout_mask() -> None:
@@ -235,6 +247,30 @@ def _cross_entropy_cases(arch: int) -> list[Case]:
     ]
 
 
+def _counted_rows_cases(arch: int) -> list[Case]:
+    return [
+        triton_case(
+            f"counted_rows-{what}",
+            arch,
+            partial(_counted_rows, what == "backward"),
+            _of_counted_rows,
+            inputs=f"(4096, 768) to 30522 bfloat16, few rows, {what}",
+        )
+        for what in ("forward", "backward")
+    ]
+
+
+def _of_counted_rows(record: Resources) -> list[str]:
+    if "product" not in record.name:
+        return []
+    found = [violation for rule in PRODUCTS for violation in rule(record)]
+    if record.arch < 100:  # later ones do not have the shape of a product in its instruction
+        tile = counted_rows._launch_options(torch.bfloat16, tma=record.arch >= 90)
+        flops = 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"]
+        found += gates.no_redundant_matrix_work(record, flops)
+    return found
+
+
 def _attention_long_cases(arch: int) -> list[Case]:
     cases = []
     for name, D, options in (
@@ -311,6 +347,7 @@ LIBRARY = [
     ),
     *(case for arch in TRITON_ARCHS for case in _mlp_cases(arch)),
     *(case for arch in TRITON_ARCHS for case in _cross_entropy_cases(arch)),
+    *(case for arch in TRITON_ARCHS for case in _counted_rows_cases(arch)),
     *(case for arch in TRITON_ARCHS for case in _attention_long_cases(arch)),
     *(case for arch in TRITON_ARCHS for case in _attention_short_cases(arch)),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -28,7 +29,17 @@ def some_targets(N, V, device, ignored=0.3):
     return targets.where(torch.rand(N) >= ignored, IGNORED).to(device)
 
 
-def eager(x, weight, targets, *, bias=None, z_loss=0.0, reduction="mean", label_smoothing=0.0):
+def eager(
+    x,
+    weight,
+    targets,
+    *,
+    bias=None,
+    z_loss=0.0,
+    reduction="mean",
+    label_smoothing=0.0,
+    mostly_ignored=False,
+):
     logits = F.linear(x, weight, bias)
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -40,27 +51,26 @@ def eager(x, weight, targets, *, bias=None, z_loss=0.0, reduction="mean", label_
     return loss
 
 
-@pytest.fixture
-def check(triton, check_numerics):
+def check_head(triton, check_numerics, dtype, values, targets, **options):
     """The rule of numerics. A bfloat16 loss errs by the mean of its logits' roundings, and eager's
     may cancel by luck: there only the gradients are judged, and the losses in a test of many."""
 
-    def run(dtype, values, targets, **options):
-        def judged(loss):
-            return loss - loss.detach() if dtype == torch.bfloat16 else loss
+    def judged(loss):
+        return loss - loss.detach() if dtype == torch.bfloat16 else loss
 
-        with triton(checks=True) as launches:
-            check_numerics(
-                lambda **tensors: judged(
-                    linear_cross_entropy(targets=targets, **tensors, **options)
-                ),
-                lambda **tensors: judged(eager(targets=targets, **tensors, **options)),
-                dtype,
-                values,
-            )
-        return launches
+    with triton(checks=True) as launches:
+        check_numerics(
+            lambda **tensors: judged(linear_cross_entropy(targets=targets, **tensors, **options)),
+            lambda **tensors: judged(eager(targets=targets, **tensors, **options)),
+            dtype,
+            values,
+        )
+    return launches
 
-    return run
+
+@pytest.fixture
+def check(triton, check_numerics):
+    return partial(check_head, triton, check_numerics)
 
 
 # dtype, N, C, V, whether there is a bias: blocks and vectors of the kernel that end within.
