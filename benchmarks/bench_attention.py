@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,15 @@ import fastformer
 from benchmarks.cases import TrainingCase
 from benchmarks.command import main
 from benchmarks.gate import Function
+from benchmarks.libraries import find_all
 from benchmarks.ops import SHAPES, Operation, op_benchmark
 
-try:
-    from flash_attn import flash_attn_qkvpacked_func
-except ImportError:
-    flash_attn_qkvpacked_func = None
-
+# The fourth has no function of a packed projection.
+FLASH_ATTENTION = {
+    "flash-attn-2": "flash_attn:flash_attn_qkvpacked_func",
+    "flash-attn-3": "flash_attn_interface:flash_attn_qkvpacked_func",
+    "flash-attn-4": "flash_attn.cute:flash_attn_func",
+}
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -58,19 +61,33 @@ def _sdpa(backend: SDPBackend, **options: object) -> Function:
     return run
 
 
-def _flash_attn(qkv: Tensor, *, causal: bool) -> Tensor:
-    return flash_attn_qkvpacked_func(qkv, causal=causal)
+def _flash_attention(name: str, function: Any, causal: bool) -> Function:
+    def run(qkv: Tensor) -> Tensor:
+        parts = qkv.unbind(2) if name == "flash-attn-4" else (qkv,)
+        return first_of(function(*parts, causal=causal))
+
+    return run
 
 
-def _libraries(causal: bool, mask: Tensor | None, dtype: torch.dtype) -> dict[str, Function]:
+def first_of(results: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output; some versions of flash-attn return the log-sum-exp too."""
+    return results if isinstance(results, Tensor) else results[0]
+
+
+def _libraries(
+    causal: bool, mask: Tensor | None, dtype: torch.dtype
+) -> tuple[dict[str, Function], dict[str, str]]:
     """On a GPU flash-attn and every backend of SDPA, which does not always choose the fastest."""
     if torch.get_default_device().type != "cuda":
-        return {}
+        return {}, {}
     options = {"causal": causal, "mask": mask}
-    found = {f"sdpa-{name}": _sdpa(backend, **options) for name, backend in SDPA.items()}
-    if flash_attn_qkvpacked_func and mask is None and dtype != torch.float32:
-        found["flash-attn"] = partial(_flash_attn, causal=causal)
-    return found
+    functions = {f"sdpa-{name}": _sdpa(backend, **options) for name, backend in SDPA.items()}
+    found, absent = find_all(FLASH_ATTENTION)
+    if mask is not None or dtype == torch.float32:
+        found, reason = {}, "no mask and no float32"
+        absent = dict.fromkeys(FLASH_ATTENTION, reason)
+    functions |= {name: _flash_attention(name, f, causal) for name, f in found.items()}
+    return functions, absent
 
 
 def _attention(case: TrainingCase, dtype: torch.dtype) -> Operation:
@@ -81,12 +98,14 @@ def _attention(case: TrainingCase, dtype: torch.dtype) -> Operation:
         mask = visible = (torch.arange(T) < key_lengths[:, None])[:, None, None]
     elif causal:
         visible = torch.ones(T, T, dtype=torch.bool).tril()
+    libraries, absent = _libraries(causal, mask, dtype)
     return Operation(
         {"qkv": torch.randn(B, T, 3, H, D).to(dtype)},
         partial(_ours, causal=causal, key_lengths=key_lengths),
         partial(_eager, causal=causal, mask=mask),
         {"naive": partial(_naive, mask=visible)},
-        _libraries(causal, mask, dtype),
+        libraries,
+        absent,
         flop=4.0 * B * H * T * T * D / (2 if causal else 1),
         more=3.5,  # five products in backward
     )

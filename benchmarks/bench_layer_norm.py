@@ -1,4 +1,7 @@
-"""LayerNorm alone and with the residual addition, as the blocks of the models use them."""
+"""LayerNorm alone and with the residual addition, as the blocks of the models use them.
+
+On a GPU Liger-Kernel is a rival of the first; it has no LayerNorm with an addition.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from torch import Tensor
 import fastformer
 from benchmarks.cases import TrainingCase
 from benchmarks.command import main
+from benchmarks.gate import Function
+from benchmarks.libraries import find_all
 from benchmarks.ops import Operation, op_benchmark
 
 
@@ -20,9 +25,23 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
+def _liger() -> tuple[dict[str, Function], dict[str, str]]:
+    if torch.get_default_device().type != "cuda":
+        return {}, {}
+    found, absent = find_all({"liger": "liger_kernel.transformers.functional:liger_layer_norm"})
+    eps = 1e-5
+
+    def bound(function: Function) -> Function:
+        return lambda x, weight, bias: function(x, weight, bias, eps)
+
+    return {name: bound(function) for name, function in found.items()}, absent
+
+
 def _layer_norm(case: TrainingCase, dtype: torch.dtype) -> Operation:
     x = torch.randn(case.B, case.T, case.C).to(dtype)
-    return Operation({"x": x, **_affine(case.C, dtype)}, fastformer.layer_norm, _eager)
+    libraries, absent = _liger()
+    values = {"x": x, **_affine(case.C, dtype)}
+    return Operation(values, fastformer.layer_norm, _eager, libraries=libraries, absent=absent)
 
 
 def _eager_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

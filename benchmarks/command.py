@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from benchmarks import report
 from benchmarks.cases import CASES, SMALLEST
 from benchmarks.gate import WrongResult
-from benchmarks.harness import QUICK, Benchmark, Options, Row, Unavailable
+from benchmarks.harness import QUICK, Benchmark, Options, Row, Unavailable, first_line
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,6 +43,11 @@ def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
         add("--dropout", type=float, default=0.0, help="of attention weights, branches, embeddings")
         add("--precision", choices=("both", "float32", "bfloat16"), default="both")
         add("--no-memory", dest="memory", action="store_false", help="leave out peak memory")
+        add(
+            "--libraries",
+            action="store_true",
+            help="also Hugging Face, timm and torchvision (on a GPU always)",
+        )
     return parser
 
 
@@ -68,7 +74,10 @@ def _use_allocator(name: str) -> None:
 
 
 def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table, write what was asked for; exit with 1 if a result was wrong."""
+    """Measure, print the table, write what was asked for; exit with 1 if a result was wrong.
+
+    Ctrl-C ends the measuring: what was measured until then is reported, and the rest is named.
+    """
     given = _parser(benchmark).parse_args(argv)
     _use_allocator(given.allocator)
     if given.threads:
@@ -90,23 +99,38 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> None:
             dropout=given.dropout,
             precision=given.precision,
             memory=given.memory and not given.quick,
+            libraries=given.libraries,
         )
     rows: list[Row] = []
-    wrong = []
-    for case in benchmark.cases(options):
-        print(f"{benchmark.name}: {case.name}", file=sys.stderr, flush=True)
-        try:
-            rows += case.run(settings)
-        except WrongResult as error:
-            wrong.append(f"{case.name}: wrong result, not measured: {error}")
-        except Unavailable as error:
-            print(f"{benchmark.name}: {error}")
-            return
+    wrong: list[str] = []
+    unmeasured = benchmark.cases(options)
+    try:
+        while unmeasured:
+            case = unmeasured[0]
+            print(f"{benchmark.name}: {case.name}", file=sys.stderr, flush=True)
+            try:
+                rows += case.run(settings)
+            except WrongResult as error:
+                wrong.append(f"{case.name}: wrong result, not measured: {error}")
+            except Unavailable:
+                raise
+            except Exception as error:  # the other cases may well work
+                traceback.print_exc()
+                wrong.append(f"{case.name}: not measured: {first_line(error)}")
+            del unmeasured[0]
+    except Unavailable as error:
+        print(f"{benchmark.name}: {error}")
+        return
+    except KeyboardInterrupt:
+        wrong.append(f"{benchmark.name}: interrupted")
     if rows:
         print(report.text(benchmark, rows))
-        if folder:
+        if folder and (given.out or not unmeasured):  # parts do not replace what is whole
             report.write(benchmark, rows, folder)
         if given.json:
             report.write_json(benchmark, rows, given.json)
+    if unmeasured:
+        names = ", ".join(case.name for case in unmeasured)
+        print(f"\n{benchmark.about}, not measured for lack of time: {names}")
     if wrong:
         raise SystemExit("\n".join(wrong))

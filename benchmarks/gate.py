@@ -42,20 +42,23 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return (found.double() - exact).abs().max().item() if exact.numel() else 0.0
 
 
-def check_op(
-    ours: Function, eager: Function, values: dict[str, Tensor], upstream: list[Tensor]
-) -> None:
-    """Raise WrongResult unless `ours` is as near to float64 as `eager` is, or half as near."""
-    doubled = {name: value.double() for name, value in values.items()}
-    exact = _evaluate(eager, doubled, upstream)
-    eager_found = _evaluate(eager, values, upstream)
-    allowed = {name: 2 * _error(eager_found[name], exact[name]) + 1e-6 for name in exact}
-    del eager_found
-    found = _evaluate(ours, values, upstream)
-    for name, expected in exact.items():
-        error = _error(found[name], expected)
-        if not error <= allowed[name]:
-            raise WrongResult(f"{name}: error {error:.3g}, allowed {allowed[name]:.3g}")
+class OpGate:
+    """What an op computes in float64, and how far from it eager PyTorch is."""
+
+    def __init__(self, eager: Function, values: dict[str, Tensor], upstream: list[Tensor]) -> None:
+        self._values, self._upstream = values, upstream
+        doubled = {name: value.double() for name, value in values.items()}
+        self._exact = _evaluate(eager, doubled, upstream)
+        found = _evaluate(eager, values, upstream)
+        self._errors = {name: _error(found[name], exact) for name, exact in self._exact.items()}
+
+    def check(self, function: Function, factor: float = 2.0) -> None:
+        """Raise WrongResult if `function` errs by more than `factor` times what eager does."""
+        found = _evaluate(function, self._values, self._upstream)
+        for name, expected in self._exact.items():
+            error, allowed = _error(found[name], expected), factor * self._errors[name] + 1e-6
+            if not error <= allowed:
+                raise WrongResult(f"{name}: error {error:.3g}, allowed {allowed:.3g}")
 
 
 def check_close(found: dict[str, Tensor], true: dict[str, Tensor], dtype: torch.dtype) -> None:

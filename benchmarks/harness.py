@@ -61,11 +61,16 @@ class Work:
 
 @dataclass
 class Row:
-    """The samples of each variant of one case in milliseconds, and why some variants have none."""
+    """The samples of each variant of one case in milliseconds, and why some variants have none.
+
+    `failed` has rivals that could not do it, `absent` those that are not installed, or that others
+    publish for other models.
+    """
 
     case: str
     samples: dict[str, list[float]]
     failed: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
     disturbed: int = 0
     dropout: float = 0.0
     peak_mb: dict[str, float] = field(default_factory=dict)
@@ -102,10 +107,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Options:
-    """What to cover: cases by name (none: the usual ones), and how whole models are run."""
+    """What to cover: cases by name (none: the usual ones), and how whole models are run.
+
+    `libraries`: against the models of other libraries too, as on a GPU always.
+    """
 
     cases: tuple[str, ...] = ()
     on_gpu: bool = False
+    libraries: bool = False
     dropout: float = 0.0
     precision: str = "both"
     memory: bool = False

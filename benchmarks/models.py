@@ -23,6 +23,7 @@ from benchmarks.harness import (
     first_line,
     measure,
 )
+from benchmarks.library_models import has_models, why_absent
 from benchmarks.memory import peak_mb
 from benchmarks.steps import VARIANTS, Variant
 from benchmarks.workers import Job, Worker
@@ -32,35 +33,57 @@ RIVALS = [name for name, variant in VARIANTS.items() if variant.is_rival]
 RIVALS_FLOAT32 = [name for name in RIVALS if VARIANTS[name].dtype == torch.float32]
 
 
-def chosen(options: Options, compile: bool) -> dict[str, Variant]:
-    """The variants of a run; naive float32, which all are compared with, is always one of them."""
+def chosen(options: Options, compile: bool, kind: str | None = None) -> dict[str, Variant]:
+    """The variants of a run, of models of one `kind` if it is given.
+
+    On a CPU naive float32, which all are compared with, is always one of them. On a GPU it would
+    take the memory and the time of several others, and naive code is not compiled.
+    """
     dtypes = {"float32": (torch.float32,), "bfloat16": (torch.bfloat16,)}
-    return {
-        name: variant
-        for name, variant in VARIANTS.items()
-        if name == "naive"
-        or (
-            variant.dtype in dtypes.get(options.precision, (torch.float32, torch.bfloat16))
-            and (compile or not variant.compile)
-        )
-    }
+
+    def runs(name: str, variant: Variant) -> bool:
+        if variant.is_library and not (options.libraries or options.on_gpu):
+            return False
+        if variant.is_library and kind is not None and not has_models(variant.kind, kind):
+            return False
+        if name == "naive" and not options.on_gpu:
+            return True
+        if variant.compile and (not compile or (options.on_gpu and variant.kind == "naive")):
+            return False
+        return variant.dtype in dtypes.get(options.precision, (torch.float32, torch.bfloat16))
+
+    return {name: variant for name, variant in VARIANTS.items() if runs(name, variant)}
+
+
+def _why_absent(case: TrainingCase, options: Options, variant: Variant) -> str | None:
+    if not variant.is_library:
+        return None
+    if options.dropout:
+        return "its dropout is not in the same places"
+    return why_absent(variant.kind, case.kind, case.config)
 
 
 def _run(case: TrainingCase, options: Options, learns: bool, settings: Settings) -> list[Row]:
     failed: dict[str, str] = {}
     device = settings.device
+    variants = chosen(options, settings.compile, case.kind)
+    reasons = {name: _why_absent(case, options, variant) for name, variant in variants.items()}
+    absent = {name: reason for name, reason in reasons.items() if reason is not None}
 
     def job(name: str) -> Job:
         return Job(name, case, options.dropout, learns, device)
 
     with ExitStack() as stack:
         true = Path(stack.enter_context(TemporaryDirectory())) / "naive.pt"
+        names = [name for name in variants if name not in absent]
         workers = {
             name: stack.enter_context(Worker(job(name)))
-            for name in chosen(options, settings.compile)
+            for name in dict.fromkeys((*names, "naive"))
         }
         workers["naive"].save_results(true)
-        for name in list(workers):
+        if "naive" not in names:
+            workers.pop("naive").close()  # and so give back its memory
+        for name in names:
             try:
                 workers[name].check_results(true)
             except (WrongResult, RuntimeError) as error:
@@ -69,8 +92,9 @@ def _run(case: TrainingCase, options: Options, learns: bool, settings: Settings)
                 # A rival that cannot be compiled, or computes something else, is reported as such.
                 wrong = isinstance(error, WrongResult)
                 failed[name] = first_line(error) if wrong else str(error)
-                del workers[name]
+                workers.pop(name).close()
         row = measure(case.name, {n: w.run for n, w in workers.items()}, settings, failed)
+        row.absent = absent
         if options.memory and device == "cuda":
             with_memory = (n for n in row.samples if VARIANTS[n].kind != "gemm")
             row.peak_mb = {name: workers[name].gpu_peak_mb() for name in with_memory}
@@ -84,8 +108,9 @@ def _run(case: TrainingCase, options: Options, learns: bool, settings: Settings)
 
 
 def model_cases(learns: bool, options: Options) -> list[Case]:
+    variants = tuple(chosen(options, compile=True))
     return [
-        Case(name, (name,), tuple(VARIANTS), partial(_run, CASES[name], options, learns))
+        Case(name, (name,), variants, partial(_run, CASES[name], options, learns))
         for name in options.cases or (GPU if options.on_gpu else DEFAULT)
     ]
 
@@ -94,8 +119,8 @@ def record(row: Row) -> dict[str, Any]:
     """What counts of a row: `vs_` are speed-ups of our fastest variant, unless named otherwise.
 
     vs_naive: over naive float32. vs_best: over the fastest of all rivals, in any precision.
-    vs_eager_fp32: of our float32 over the fastest float32 rival. gemm_share: the part of our time
-    that the matrix products of the linear layers take alone.
+    vs_eager_fp32: of our float32 over the fastest float32 rival. vs: over every rival. gemm_share:
+    the part of our time that the matrix products of the linear layers take alone.
     """
     ours = report.best(row, (OURS, OURS_BF16))
     best, best_float32 = report.best(row, RIVALS), report.best(row, RIVALS_FLOAT32)
@@ -105,6 +130,7 @@ def record(row: Row) -> dict[str, Any]:
         "vs_naive": row.ratio("naive", ours),
         "vs_best": row.ratio(best, ours),
         "vs_eager_fp32": row.ratio(best_float32, OURS),
+        "vs": {name: row.ratio(name, ours) for name in RIVALS if name in row.samples},
         "gemm_share_bf16": row.ratio("gemm-bf16", OURS_BF16),
         "gemm_share_fp32": row.ratio("gemm", OURS),
         "ours": ours,
@@ -116,7 +142,7 @@ def record(row: Row) -> dict[str, Any]:
 
 
 def table(rows: list[Row]) -> str:
-    """The ratios of `record`, then milliseconds and peak memory of every variant."""
+    """The ratios of `record`, then those over every rival, milliseconds and peak memory."""
     head = ["case", "vs naive", "vs best", "the best", "float32 vs best float32", "its best"]
     head += ["GEMM share bf16", "GEMM share float32"]
     cells = []
@@ -136,6 +162,11 @@ def table(rows: list[Row]) -> str:
         )
     parts = [report.markdown(head, cells)]
     names = report.variants_of(rows)
+    rivals = [name for name in names if VARIANTS[name].is_rival]
+    ratios = [
+        [row.case, *(report.times(record(row)["vs"].get(name)) for name in rivals)] for row in rows
+    ]
+    parts.append("Over each rival:\n\n" + report.markdown(["case", *rivals], ratios))
     times = [[row.case, *(report.ms_cell(row, name) for name in names)] for row in rows]
     parts.append("Milliseconds:\n\n" + report.markdown(["case", *names], times))
     if any(row.peak_mb for row in rows):

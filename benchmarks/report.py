@@ -32,6 +32,9 @@ _COLORS = {  # dark: float32, light: bfloat16
     "fused": ("#2f5d8a", "#94b7d8"),
     "loop": ("#2f5d8a", "#94b7d8"),
     "compile-loop": ("#8f8a2b", "#d3cf8c"),
+    "hugging-face": ("#a8842c", "#e3cb8a"),
+    "timm": ("#2b7d8f", "#8fcbd6"),
+    "torchvision": ("#8f2b62", "#d68fb8"),
 }
 
 
@@ -123,10 +126,17 @@ def op_record(row: Row) -> dict[str, Any]:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """What a reader of the table has to know: rivals that failed, samples that were disturbed."""
+    """What a reader of the table has to know: missing rivals, samples that were disturbed."""
     lines = [
         f"{row.case}: {name} failed, {why}" for row in rows for name, why in row.failed.items()
     ]
+    absent: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for missing in row.absent.items():
+            absent.setdefault(missing, []).append(row.case)
+    for (name, why), without in absent.items():
+        where = "" if len(without) == len(rows) else f" from {', '.join(without)}"
+        lines.append(f"{name} is absent{where}: {why}")
     disturbed, taken = (sum(getattr(row, name) for row in rows) for name in ("disturbed", "taken"))
     if disturbed:
         lines.append(
@@ -255,6 +265,7 @@ def write_json(benchmark: Benchmark, rows: list[Row], path: Path) -> None:
             "samples": row.taken,
             "disturbed": row.disturbed,
             "failed": row.failed,
+            "absent": row.absent,
         }
         for row in rows
     ]

@@ -2,7 +2,8 @@
 
 `naive`: separate query, key and value projections, softmax over a materialised matrix of scores,
 logits of every token. `eager`: a packed projection, scaled_dot_product_attention, the head on the
-counted rows only. Both take the weights of our models.
+counted rows only. Both take the weights of our models. Those of other libraries are in
+library_models.py.
 
 B batch, T tokens, H heads, D head dim, C model dim, V vocabulary.
 """
@@ -66,23 +67,34 @@ class EagerAttention(nn.Module):
         return self.out(out.transpose(1, 2).reshape(B, T, C))
 
 
+def _gelu(config: TextConfig | ImageConfig) -> nn.GELU:
+    return nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
+
+
 class Block(nn.Module):
-    """A pre-norm layer around either attention."""
+    """A layer around either attention."""
 
     def __init__(self, config: TextConfig | ImageConfig, naive: bool) -> None:
         super().__init__()
         C = config.dim
+        self.pre_norm = config.pre_norm
         self.norm1 = nn.LayerNorm(C, config.eps)
         self.attention = NaiveAttention(config) if naive else EagerAttention(config)
         self.norm2 = nn.LayerNorm(C, config.eps)
         self.fc1 = nn.Linear(C, config.hidden_dim)
-        self.activation = nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
+        self.activation = _gelu(config)
         self.fc2 = nn.Linear(config.hidden_dim, C)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), mask))
-        return x + self.dropout(self.fc2(self.activation(self.fc1(self.norm2(x)))))
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.norm1(x), mask))
+            return x + self.dropout(self._mlp(self.norm2(x)))
+        x = self.norm1(x + self.dropout(self.attention(x, mask)))
+        return self.norm2(x + self.dropout(self._mlp(x)))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class TextEmbedding(nn.Module):
@@ -90,9 +102,16 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Embedding(config.max_tokens, config.dim)
+        self.token_type = (
+            nn.Embedding(config.token_types, config.dim) if config.token_types else None
+        )
+        self.norm = nn.LayerNorm(config.dim, config.eps) if config.embedding_norm else nn.Identity()
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.token(ids) + self.position(torch.arange(ids.shape[1], device=ids.device))
+        x = self.token(ids) + self.position(torch.arange(ids.shape[1], device=ids.device))
+        if self.token_type is not None:
+            x = x + self.token_type(torch.zeros_like(ids))
+        return self.norm(x)
 
 
 class ImageEmbedding(nn.Module):
@@ -118,15 +137,22 @@ class Rival(nn.Module):
         self.is_image = isinstance(config, ImageConfig)
         # Where every token counts, gathering would only cost.
         self.gathers = not (naive or config.causal or self.is_image)
+        self.head_transform: nn.Module = nn.Identity()
         if isinstance(config, ImageConfig):
             self.embedding: nn.Module = ImageEmbedding(config)
             self.head = nn.Linear(config.dim, config.num_classes)
         else:
             self.embedding = TextEmbedding(config)
             self.head = nn.Linear(config.dim, config.vocab_size, bias=config.head_bias)
+            if config.tied_head:
+                self.head.weight = self.embedding.token.weight
+            if config.head_transform:
+                norm = nn.LayerNorm(config.dim, config.eps)
+                linear = nn.Linear(config.dim, config.dim)
+                self.head_transform = nn.Sequential(linear, _gelu(config), norm)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, naive) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.dim, config.eps)
+        self.norm = nn.LayerNorm(config.dim, config.eps) if config.pre_norm else nn.Identity()
 
     def forward(
         self, inputs: Tensor, targets: Tensor | None = None, *, key_lengths: Tensor | None = None
@@ -145,7 +171,7 @@ class Rival(nn.Module):
             x, targets = self.norm(x[counted]), targets[counted]
         else:
             x = self.norm(x)
-        logits = self.head(x)
+        logits = self.head(self.head_transform(x))
         if targets is None:
             return logits
         return F.cross_entropy(

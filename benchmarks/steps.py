@@ -14,21 +14,32 @@ from torch import Tensor, nn
 import fastformer
 from benchmarks.cases import TrainingCase
 from benchmarks.harness import OURS, compiled
+from benchmarks.library_models import (
+    LIBRARIES,
+    Classifier,
+    HuggingFace,
+    gradients,
+    library_model,
+)
 from benchmarks.rivals import Rival, load_ours, plain_names
-from fastformer.transformer import ImageConfig
+from fastformer.transformer import ImageConfig, TextConfig
 
 
 @dataclass(frozen=True)
 class Variant:
     """One way to run a model: whose, in which precision, compiled or not."""
 
-    kind: str  # "ours", "naive", "eager" or "gemm"
+    kind: str  # "ours", "naive", "eager", "gemm" or one of LIBRARIES
     dtype: torch.dtype = torch.float32
     compile: bool = False
 
     @property
     def is_rival(self) -> bool:
-        return self.kind in ("naive", "eager")
+        return self.kind in ("naive", "eager") or self.is_library
+
+    @property
+    def is_library(self) -> bool:
+        return self.kind in LIBRARIES
 
 
 def _variants() -> dict[str, Variant]:
@@ -38,14 +49,17 @@ def _variants() -> dict[str, Variant]:
         "eager": ("eager", False),
         "compile-naive": ("naive", True),
         "compile-eager": ("eager", True),
+        **{library: (library, False) for library in LIBRARIES},
         "gemm": ("gemm", False),
     }
     both = ((torch.float32, ""), (torch.bfloat16, "-bf16"))
-    return {
+    variants = {
         name + suffix: Variant(kind, dtype, compile)
         for name, (kind, compile) in kinds.items()
         for dtype, suffix in both
     }
+    del variants["hugging-face-flash-attn"]  # flash-attn takes no float32
+    return variants
 
 
 VARIANTS = _variants()
@@ -81,7 +95,10 @@ class Trainer:
             ours = case.model(dropout)
             self.batch = case.batch()
             self.model: nn.Module = ours
-            if variant.kind != "ours":
+            if variant.is_library:
+                weights = dict(ours.named_parameters())
+                self.model = library_model(variant.kind, case.kind, ours.config, weights)
+            elif variant.kind != "ours":
                 self.model = Rival(ours.config, naive=variant.kind == "naive")
                 load_ours(self.model, ours.state_dict())
         self.model.train(learns)
@@ -113,7 +130,11 @@ class Trainer:
             self.model.eval()
         loss = self._run(self.batch.inputs, self.batch.targets)
         loss.backward()
-        grads = {n: p.grad for n, p in self.model.named_parameters() if p.dim() > 1}
+        if isinstance(self.model, HuggingFace | Classifier):
+            grads = gradients(self.model)
+        else:
+            grads = {n: p.grad for n, p in self.model.named_parameters()}
+        grads = {name: grad for name, grad in grads.items() if grad.dim() > 1}
         self.model.train().zero_grad()
         return {"loss": loss.detach()} | plain_names(grads, split_qkv=True)
 
@@ -173,5 +194,7 @@ def linear_layers(case: TrainingCase, learns: bool = True) -> list[tuple[int, in
         layers += [(N, C, config.hidden_dim, learns), (N, config.hidden_dim, C, learns)]
     batch = case.batch()
     rows = int(batch.counted.sum()) if learns else N
+    if isinstance(config, TextConfig) and config.head_transform:
+        layers.append((rows, C, C, learns))
     layers.append((case.B if case.kind == "vit" else rows, C, case.V, learns))
     return layers

@@ -59,8 +59,12 @@ class Worker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._connection.close()  # which ends it, once it has done what it is at
-        self._process.join(timeout=10)
+        self.close(patience=0.0 if kind is KeyboardInterrupt else 10.0)
+
+    def close(self, patience: float = 10.0) -> None:
+        """End the process, which has that many seconds to finish what it is at."""
+        self._connection.close()  # which ends it
+        self._process.join(timeout=patience)
         self._process.terminate()
         self._process.join()
 
@@ -127,6 +131,8 @@ class Served:
     def check_results(self, path: Path) -> None:
         found = self._results()
         check_close(found, torch.load(path) if found else {}, self._dtype)
+        if self._device == "cuda":
+            torch.cuda.empty_cache()  # the other processes need memory too
 
     def run(self) -> None:
         if gc.isenabled():

@@ -22,9 +22,10 @@ from benchmarks.workers import Job, Served, Worker
 
 NAMES = ("tiny-gpt", "tiny-bert", "tiny-vit")
 tiny = pytest.mark.parametrize("name", NAMES)
+and_published = pytest.mark.parametrize("name", [*NAMES, "tiny-bert-base", "tiny-gpt2"])
 
 
-@tiny
+@and_published
 @pytest.mark.parametrize("rival", ["naive", "eager"])
 def test_a_rival_is_our_model(name, rival) -> None:
     ours, other = (Trainer(VARIANTS[variant], CASES[name]) for variant in ("fastformer", rival))
@@ -51,7 +52,7 @@ def test_a_step_trains_with_dropout(variant) -> None:
     assert trainer.first_step()["loss"] < before
 
 
-@tiny
+@and_published
 def test_the_bound_has_every_linear_layer(name) -> None:
     """Against the modules of the model: as many multiplications per row as it has weights."""
     case = CASES[name]
@@ -59,7 +60,8 @@ def test_the_bound_has_every_linear_layer(name) -> None:
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     layers = linear_layers(case)
     assert sorted(i * o for _, i, o, _ in layers) == sorted(w.numel() for w in weights)
-    rows = {"tiny-gpt": 3 * 12, "tiny-vit": 4}.get(name, int(case.batch().counted.sum()))
+    rows = 4 if name == "tiny-vit" else int(case.batch().counted.sum())
+    assert rows == 3 * 12 or case.kind != "gpt"
     assert layers[-1][0] == rows and linear_layers(case, learns=False)[-1][0] >= rows
     for learns in (True, False):
         LinearProducts(torch.bfloat16, case, learns=learns).run()
@@ -102,6 +104,8 @@ class _Here(Served):
     def __exit__(self, *error: object) -> None:
         gc.enable()
 
+    close = __exit__
+
 
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,17 +146,19 @@ def test_the_command_writes_what_it_promises(measured, tmp_path, capsys) -> None
     assert [row["case"] for row in result["rows"]] == list(NAMES)
     for row in result["rows"]:
         ms = row["ms"]
-        assert set(ms) == {name for name, v in VARIANTS.items() if not v.compile}
+        usual = {n for n, v in VARIANTS.items() if not (v.compile or v.is_library)}
+        assert set(ms) == usual and not row["absent"]
         rivals = [ms[name] for name in ms if name.startswith(("naive", "eager"))]
         ours = min(ms["fastformer"], ms["fastformer-bf16"])
         assert row["vs_naive"] == pytest.approx(ms["naive"] / ours)
         assert row["vs_best"] == pytest.approx(min(rivals) / ours)
+        assert row["vs"]["eager-bf16"] == pytest.approx(ms["eager-bf16"] / ours)
         best_float32 = min(ms["naive"], ms["eager"])
         assert row["vs_eager_fp32"] == pytest.approx(best_float32 / ms["fastformer"])
         assert row["gemm_share_bf16"] == pytest.approx(ms["gemm-bf16"] / ms["fastformer-bf16"])
         assert row["gemm_share_fp32"] == pytest.approx(ms["gemm"] / ms["fastformer"])
     assert result["machine"]["allocator"] == "default"
-    assert capsys.readouterr().out.count("tiny-gpt") == 2
+    assert capsys.readouterr().out.count("tiny-gpt") == 3
     assert (tmp_path / f"{measured.name}.png").exists()
 
 

@@ -16,7 +16,7 @@ import torch
 import fastformer
 from benchmarks import bench_ceilings, bench_dropout, bench_layer_norm, cases, ops, report
 from benchmarks.command import main
-from benchmarks.gate import WrongResult, check_op
+from benchmarks.gate import OpGate, WrongResult
 from benchmarks.harness import OURS, Options, Row, Work
 from benchmarks.test_speed import BENCHMARKS
 
@@ -62,11 +62,12 @@ def test_the_gate_finds_a_wrong_gradient() -> None:
             return 2.01 * grad
 
     values, upstream = {"x": torch.randn(9)}, [torch.randn(9)]
-    check_op(lambda x: x + x, lambda x: 2 * x, values, upstream)
+    gate = OpGate(lambda x: 2 * x, values, upstream)
+    gate.check(lambda x: x + x)
     with pytest.raises(WrongResult, match="gradient of x"):
-        check_op(lambda x: Wrong.apply(x), lambda x: 2 * x, values, upstream)
+        gate.check(lambda x: Wrong.apply(x))
     with pytest.raises(WrongResult, match="output 0: error nan"):
-        check_op(lambda x: x * float("nan"), lambda x: 2 * x, values, upstream)
+        gate.check(lambda x: x * float("nan"))
 
 
 def test_the_gate_of_dropout_finds_another_mask_in_backward(monkeypatch) -> None:
@@ -130,10 +131,10 @@ def test_each_backend_of_a_gpu_passes_the_gate_on_its_own(monkeypatch) -> None:
     monkeypatch.setattr(cases, "GPU_BACKENDS", ("reference", "triton"))
     operation = bench_layer_norm._layer_norm(cases.CASES["tiny-gpt"], torch.float32)
     upstream = [torch.randn(operation.values["x"].shape)]
-    passed, failed = ops._check_backends(operation, upstream, "cuda")
+    passed, failed = ops._gate(operation, upstream, "cuda")
     assert passed == ["reference"]
     assert failed["triton"].startswith("RuntimeError: layer_norm_fwd: backend 'triton' was asked")
-    assert ops._check_backends(operation, upstream, "cpu") == ([], {})
+    assert ops._gate(operation, upstream, "cpu") == ([], {})
 
 
 def _plugin_version() -> tuple[int, ...]:
