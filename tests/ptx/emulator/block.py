@@ -39,9 +39,12 @@ ENDS: list[Callable[[Block], None]] = []
 
 @dataclass(frozen=True)
 class Jump:
-    """Go to instruction `target`: all threads, or those of a mask while the others go on."""
+    """Go to instruction `target`: all threads, or those of a mask while the others go on.
 
-    target: int
+    These may go to a target each, in the order of the threads.
+    """
+
+    target: int | np.ndarray
     taken: np.ndarray | None = None
 
 
@@ -245,7 +248,7 @@ class Block:
                     self.pc[group] = pc + 1
                     self.pc[result.taken] = result.target
                     return
-                pc = result.target
+                pc = int(result.target)
             else:
                 self.pc[group] = pc + 1
                 return

@@ -137,7 +137,8 @@ def _tries_again(code: list[Instruction], test_at: int, i: int, swap_at: int) ->
     if jump.target is None or jump.guard is None or not test_at < i:
         return False
     straight = not any(_jumps(one) for one in code[swap_at + 1 : i])
-    entered = any(one.target is not None and swap_at < one.target <= i for one in code)
+    targets = {target for one in code for target in (one.target, *one.targets)}
+    entered = any(target is not None and swap_at < target <= i for target in targets)
     return straight and not entered and jump.target <= swap_at and jump.guard[1] is not fails
 
 

@@ -79,7 +79,10 @@ Operand = (
 
 @dataclass(frozen=True)
 class Instruction:
-    """`guard` is (register, negated). `target` is the index that a branch goes to."""
+    """`guard` is (register, negated).
+
+    `target` is the index that a branch goes to, `targets` are those that brx chooses from.
+    """
 
     opcode: str
     operands: tuple[Operand, ...]
@@ -87,6 +90,7 @@ class Instruction:
     line: int
     guard: tuple[Register, bool] | None = None
     target: int | None = None
+    targets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import struct
 from collections.abc import Iterator
+from typing import TypeVar
 
 from tests.ptx.emulator.errors import PtxError
 from tests.ptx.emulator.program import (
@@ -28,6 +30,7 @@ from tests.ptx.emulator.program import (
 )
 from tests.ptx.emulator.types import TYPES, size_of
 
+T = TypeVar("T")
 _SHARED = re.compile(
     r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$%]+)(?:\[(\d*)\])?\s*;"
 )
@@ -174,6 +177,8 @@ class _Body:
         self.declared: dict[int, set[str]] = {0: set()}
         self.labels: dict[tuple[str, int], int] = {}
         self.branches: list[tuple[int, str, tuple[int, ...]]] = []
+        self.lists: dict[tuple[str, int], list[str]] = {}  # of .branchtargets, by their labels
+        self.label = ""  # the last one
         self.line = text.count("\n", 0, begin) + 1
 
     def parse(self) -> None:
@@ -189,7 +194,8 @@ class _Body:
             if stop == 0:
                 raise PtxError("syntax", f"line {self.line}: no semicolon")
             if label:
-                self.labels[label[1], self.scopes[-1]] = len(self.entry.instructions)
+                self.label = label[1]
+                self.labels[self.label, self.scopes[-1]] = len(self.entry.instructions)
             else:
                 self._statement(" ".join(self.text[i : stop - 1].split()))
             self.line += self.text.count("\n", i, stop)
@@ -216,6 +222,9 @@ class _Body:
         if text.startswith(".local"):
             self._declare_local(text)
             return
+        if text.startswith(".branchtargets"):
+            self.lists[self.label, self.scopes[-1]] = split(text.split(None, 1)[1])
+            return
         if text.startswith("."):
             raise PtxError("unsupported", f"line {self.line}: {text}")
         guard = None
@@ -232,6 +241,9 @@ class _Body:
             operands: tuple[Operand, ...] = ()
         else:
             operands = tuple(self._operand(part) for part in split(match[2]))
+            if match[1].startswith("brx."):
+                place = len(self.entry.instructions), split(match[2])[-1], (*self.scopes,)
+                self.branches.append(place)
         self.entry.instructions.append(Instruction(match[1], operands, text, self.line, guard))
 
     def _declare(self, text: str) -> None:
@@ -305,10 +317,21 @@ class _Body:
 
     def _resolve_branches(self) -> None:
         for index, label, scopes in self.branches:
-            targets = [self.labels[label, s] for s in reversed(scopes) if (label, s) in self.labels]
             old = self.entry.instructions[index]
-            if not targets:
-                raise PtxError("syntax", f"line {old.line}: no label {label!r}: {old.text}")
-            self.entry.instructions[index] = Instruction(
-                old.opcode, (), old.text, old.line, old.guard, targets[0]
-            )
+            if old.opcode.startswith("brx"):
+                labels = self._innermost(self.lists, label, scopes, old)
+                targets = tuple(self._innermost(self.labels, one, scopes, old) for one in labels)
+                new = dataclasses.replace(old, operands=old.operands[:1], targets=targets)
+            else:
+                target = self._innermost(self.labels, label, scopes, old)
+                new = dataclasses.replace(old, target=target)
+            self.entry.instructions[index] = new
+
+    def _innermost(
+        self, known: dict[tuple[str, int], T], label: str, scopes: tuple[int, ...], at: Instruction
+    ) -> T:
+        """What a label stands for where an instruction names it."""
+        for scope in reversed(scopes):
+            if (label, scope) in known:
+                return known[label, scope]
+        raise PtxError("syntax", f"line {at.line}: no label {label!r}: {at.text}")

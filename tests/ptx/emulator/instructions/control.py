@@ -38,6 +38,24 @@ def bra(build: Build) -> Execute:
     return execute
 
 
+@instruction("brx.idx[.uni]")
+def brx(build: Build) -> Execute:
+    targets = np.array(build.instruction.targets)
+    index = build.read(0, "u32")
+    uniform = build.instruction.opcode.endswith(".uni")
+
+    def execute(block: Block, mask: Mask) -> Jump:
+        active = block.active(mask)
+        indices = index(block)[active]
+        if (indices >= len(targets)).any():
+            raise PtxError("bounds", f"target {int(indices.max())} of {len(targets)}")
+        if uniform and _parts_a_warp(block, mask, active & (index(block) == indices[0])):
+            raise PtxError("warp", "brx.idx.uni goes different ways in a warp")
+        return Jump(targets[indices], active)
+
+    return execute
+
+
 def _parts_a_warp(block: Block, mask: Mask, taken: np.ndarray) -> bool:
     taking = np.bincount(block.warp[taken], minlength=block.warps)
     running = np.bincount(block.warp[block.active(mask)], minlength=block.warps)
