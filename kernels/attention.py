@@ -5,13 +5,20 @@ B batch, T query tokens, S key tokens, H heads, D head dim.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
 from typing import Any
 
+import torch
+import triton
 from torch import Tensor
 
 from fastformer.kernels import attention_blocks, attention_decode, attention_long, attention_short
 
 refuse = attention_blocks.refuse
+
+_GLUON = ("3.6", "3.7")  # the versions of Triton, as Gluon is experimental and changes with each
 
 
 def _kernels(T: int, S: int, H: int, D: int) -> Any:
@@ -19,13 +26,49 @@ def _kernels(T: int, S: int, H: int, D: int) -> Any:
     return attention_short if attention_short.holds(T, S, H, D) else attention_long
 
 
+@functools.cache
+def _hopper() -> Any:
+    """The kernel for Hopper, or None where this Triton's Gluon is not one that it is written in."""
+    reason = f"it was compiled with Triton {' and '.join(_GLUON)}, this is {triton.__version__}"
+    if triton.__version__.rsplit(".", 1)[0] in _GLUON:
+        try:
+            return importlib.import_module("fastformer.kernels.attention_hopper")
+        except (ImportError, AttributeError) as error:
+            reason = f"Triton {triton.__version__} lacks a part of Gluon: {error}"
+    warnings.warn(
+        "fastformer: attention of long sequences runs on the slower kernel because that for Hopper"
+        f" cannot run: {reason}",
+        stacklevel=2,
+    )
+    return None
+
+
+def _long(q: Tensor, k: Tensor, v: Tensor, scale: float, rng: Tensor | None) -> Any:
+    """The module whose `forward` runs sequences that are not short."""
+    if q.shape[1] <= attention_decode.MAX_T:
+        return attention_decode
+    with torch.cuda.device_of(q):
+        kernels = _hopper() if attention_blocks.is_hopper() else None
+    if kernels is None or kernels.refuse(q, k, v, scale, rng) is not None:
+        return attention_long
+    return kernels
+
+
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, *settings: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    site: int,
 ) -> tuple[Tensor, Tensor]:
     kernels = _kernels(q.shape[1], k.shape[1], *q.shape[2:])
-    if kernels is attention_long and q.shape[1] <= attention_decode.MAX_T:
-        kernels = attention_decode
-    return kernels.forward(q, k, v, key_lengths, *settings)
+    if kernels is attention_long:
+        kernels = _long(q, k, v, scale, rng)
+    return kernels.forward(q, k, v, key_lengths, causal, scale, dropout_p, rng, site)
 
 
 def attention_bwd(

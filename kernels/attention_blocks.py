@@ -123,6 +123,11 @@ def refuse(*args: Any) -> str | None:
     return None
 
 
+def is_hopper() -> bool:
+    """Whether the current device is sm_90, or what is compiled is for one."""
+    return triton.runtime.driver.active.get_current_target().arch == 90
+
+
 def aligned(t: Tensor) -> Tensor:
     """`t` as it is where the kernels can read it, else a copy."""
     *strides, last = t.stride()

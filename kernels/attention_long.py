@@ -26,6 +26,7 @@ from fastformer.kernels.attention_blocks import (
     dropout_state,
     head,
     head_block,
+    is_hopper,
     load_rows,
     sequence,
     statistic_ptr,
@@ -182,8 +183,6 @@ def launch_forward(
     q, k, v = aligned(q), aligned(k), aligned(v)
     grid = (B * H * triton.cdiv(T, options["BLOCK_M"]), max(1, triton.cdiv(S, chunk)))
     with torch.cuda.device_of(q):
-        # Of two pipelines in a row Hopper's ptxas runs the wgmma of both one by one.
-        is_hopper = triton.runtime.driver.active.get_current_target().arch // 10 == 9
         _attention_long_fwd_kernel[grid](
             q,
             k,
@@ -204,7 +203,8 @@ def launch_forward(
             N,
             chunk,
             CAUSAL=causal,
-            CUT_STAGES=1 if is_hopper else None,
+            # Of two pipelines in a row Hopper's ptxas runs the wgmma of both one by one.
+            CUT_STAGES=1 if is_hopper() else None,
             **options,
         )
 

@@ -12,6 +12,7 @@ import torch
 from fastformer.kernels import (
     attention,
     attention_decode,
+    attention_hopper,
     attention_long,
     attention_long_bwd,
     attention_varlen,
@@ -96,6 +97,13 @@ def _attention_long(
     out, lse = attention_long.forward(q, k, v, *settings)
     grads = meta(4, 1024, 3, 12, D, dtype=dtype).unbind(2)
     attention_long.backward(out, q, k, v, out, lse, *settings, *grads)
+
+
+def _attention_hopper(D: int, causal: bool, dtype: torch.dtype, padded: bool) -> None:
+    """Forward of self-attention on a packed projection, 1024 tokens."""
+    q, k, v = meta(4, 1024, 3, 12, D, dtype=dtype).unbind(2)
+    lengths = meta(4, dtype=torch.int32) if padded else None
+    attention_hopper.forward(q, k, v, lengths, causal, 0.125, 0.0, None, 0)
 
 
 def _attention_varlen() -> None:
@@ -297,6 +305,20 @@ def _attention_long_cases(arch: int) -> list[Case]:
     return cases
 
 
+def _attention_hopper_cases() -> list[Case]:
+    """Its rules do not count matrix products: each warpgroup has a loop of its own."""
+    cases = []
+    for name, D, causal, dtype, padded in (
+        ("64-causal", 64, True, torch.bfloat16, False),
+        ("64-float16-lengths", 64, False, torch.float16, True),
+        ("128-causal", 128, True, torch.bfloat16, False),
+    ):
+        launch = partial(_attention_hopper, D, causal, dtype, padded)
+        name, inputs = f"attention_hopper-{name}", f"T 1024, D {name.replace('-', ', ')}"
+        cases.append(triton_case(name, 90, launch, *PRODUCTS, inputs=inputs))
+    return cases
+
+
 def _attention_short_cases(arch: int) -> list[Case]:
     """Short sequences: one tile of queries, and the largest of each head dim."""
     cases = []
@@ -349,5 +371,6 @@ LIBRARY = [
     *(case for arch in TRITON_ARCHS for case in _cross_entropy_cases(arch)),
     *(case for arch in TRITON_ARCHS for case in _counted_rows_cases(arch)),
     *(case for arch in TRITON_ARCHS for case in _attention_long_cases(arch)),
+    *_attention_hopper_cases(),
     *(case for arch in TRITON_ARCHS for case in _attention_short_cases(arch)),
 ]
