@@ -25,7 +25,8 @@ def _turns(rounds: int) -> tuple[str, Row]:
 
 def test_variants_take_turns_and_another_one_begins_each_round() -> None:
     order, row = _turns(4)
-    assert order == "fbc" + "fbc" + "bcf" + "cfb" + "fbc"  # the first call of each warms up
+    # The first call of each warms up, and so does the one before each sample.
+    assert order == "fbc" + "ffbbcc" + "bbccff" + "ccffbb" + "ffbbcc"
     assert row.taken == 12 and {len(s) for s in row.samples.values()} == {4}
 
 
