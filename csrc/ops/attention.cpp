@@ -1,5 +1,5 @@
 // Bindings of the attention ops on the CPU.
-#include "ops/binding.h"
+#include "ops/attention.h"
 #include "ops/memory.h"
 
 #include <algorithm>
@@ -71,40 +71,6 @@ Tensor readable(const Tensor &x) {
   return unit && x.stride(x.dim() - 3) % 2 == 0 ? x : torch::stable::contiguous(x);
 }
 
-void check_operands(const char *op, const Tensor &q, const Tensor &k, const Tensor &v, int dims) {
-  const auto dtype = q.scalar_type();
-  STD_TORCH_CHECK(q.dim() == dims && k.dim() == dims && v.dim() == dims, op,
-                  ": q, k and v must have ", dims, " dimensions, got ", q.dim(), ", ", k.dim(),
-                  " and ", v.dim());
-  STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) &&
-                      k.scalar_type() == dtype && v.scalar_type() == dtype,
-                  op, ": q, k and v must all be float32 or all bfloat16");
-  const int64_t H = q.size(dims - 2), D = q.size(dims - 1);
-  STD_TORCH_CHECK(D > 0 && D % 8 == 0 && D <= 128, op,
-                  ": head_dim must be a multiple of 8 and at most 128, got ", D);
-  for (const Tensor *t : {&k, &v}) {
-    STD_TORCH_CHECK(t->size(dims - 2) == H && t->size(dims - 1) == D &&
-                        t->size(dims - 3) == k.size(dims - 3),
-                    op, ": q, k and v must agree in heads and head_dim, k and v in tokens");
-    STD_TORCH_CHECK(dims == 3 || t->size(0) == q.size(0), op,
-                    ": q, k and v must have one batch, got ", q.size(0), " and ", t->size(0));
-  }
-}
-
-void check_like(const char *op, const char *name, const Tensor &x, const Tensor &q) {
-  bool same = x.dim() == q.dim() && x.scalar_type() == q.scalar_type();
-  for (int64_t i = 0; same && i < q.dim(); ++i)
-    same = x.size(i) == q.size(i);
-  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and dtype of q");
-}
-
-const int32_t *lengths(const char *op, const char *name, const Tensor &x, int64_t count) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int && x.dim() == 1 && x.size(0) == count &&
-                      x.is_contiguous(),
-                  op, ": ", name, " must be a contiguous int32 tensor of ", count, " elements");
-  return static_cast<const int32_t *>(x.const_data_ptr());
-}
-
 struct Settings {
   bool causal;
   double scale, dropout_p;
@@ -125,7 +91,7 @@ AttentionArgs settings_of(const char *op, const Tensor &q, const Settings &s) {
 
 AttentionArgs padded(const char *op, const Tensor &q, const Tensor &k, const Tensor &v,
                      const std::optional<Tensor> &key_lengths, const Settings &s) {
-  check_operands(op, q, k, v, 4);
+  check_operands(op, q, k, v, 4, ScalarType::Float);
   AttentionArgs args = settings_of(op, q, s);
   args.batch = q.size(0);
   args.T = q.size(1);
@@ -153,7 +119,7 @@ int64_t check_ends(const char *op, const char *name, const int32_t *ends, int64_
 
 AttentionArgs packed(const char *op, const Tensor &q, const Tensor &k, const Tensor &v,
                      const Tensor &cu_seqlens_q, const Tensor &cu_seqlens_k, const Settings &s) {
-  check_operands(op, q, k, v, 3);
+  check_operands(op, q, k, v, 3, ScalarType::Float);
   STD_TORCH_CHECK(cu_seqlens_q.numel() >= 1, op, ": cu_seqlens_q must not be empty");
   AttentionArgs args = settings_of(op, q, s);
   args.batch = cu_seqlens_q.numel() - 1;
@@ -188,10 +154,7 @@ void backward(AttentionArgs args, const char *op, const Tensor &grad_out, const 
               AttentionOperand<void *> grad_v) {
   check_like(op, "grad_out", grad_out, q);
   check_like(op, "out", out, q);
-  const int64_t rows = q.dim() == 4 ? args.batch * args.H * args.T : args.H * q.size(0);
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == rows &&
-                      lse.is_contiguous(),
-                  op, ": lse must be the contiguous float32 tensor that forward returned");
+  check_lse(op, lse, q.dim() == 4 ? args.batch * args.H * args.T : args.H * q.size(0));
   const Tensor q_in = readable(q), k_in = readable(k), v_in = readable(v);
   const Tensor grad_in = readable(grad_out), out_in = readable(out);
   args.q = operand<const void *>(q_in);
@@ -228,11 +191,6 @@ Tensor packed_gradient(const AttentionArgs &args, const char *op, const Tensor &
            operand<void *>(torch::stable::select(grad, at, 1)),
            operand<void *>(torch::stable::select(grad, at, 2)));
   return grad;
-}
-
-void check_packed(const char *op, const Tensor &qkv, int dims) {
-  STD_TORCH_CHECK(qkv.dim() == dims && qkv.size(dims - 3) == 3, op, ": qkv must have ", dims,
-                  " dimensions, (", dims == 5 ? "B, " : "", "tokens, 3, H, D)");
 }
 
 Forward attention_fwd(const Tensor &q, const Tensor &k, const Tensor &v,
