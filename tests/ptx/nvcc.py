@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ import numpy as np
 
 from tests.ptx import ptxas, sass
 from tests.ptx.emulator import Module, TensorMap
+from tests.ptx.emulator.grid import Buffer
 from tests.ptx.resources import Resources, analyse
 from tests.ptx.triton_compile import CACHE, ROOT
 
@@ -130,6 +132,15 @@ class Shifted:
     start: int
 
 
+@dataclass(frozen=True)
+class Struct:
+    """A struct by value: the types of its fields as the module `struct` writes them, and the
+    fields, where an array, or a Shifted one, stands for its address."""
+
+    types: str
+    fields: Sequence[Any]
+
+
 class CudaKernels:
     """The kernels of one .cu file for one architecture: "80", "90a", or "100" without launches."""
 
@@ -173,8 +184,8 @@ class CudaKernels:
 
         `machine` makes what is launched of PTX, the emulator's Module if it is None.
 
-        Arrays, also those of a Tiled or Shifted, are contiguous; the kernel's results are written
-        into them.
+        Arrays, also those of a Tiled, Shifted or Struct, are contiguous; the kernel's results are
+        written into them.
         """
         module = self._module.fresh() if machine is None else machine(self.ptx)
         buffers: dict[int, tuple[np.ndarray, Any]] = {}
@@ -186,17 +197,21 @@ class CudaKernels:
                 buffers[id(array)] = array, module.upload(array, f"argument {position}")
             return buffers[id(array)][1]
 
-        values: list[Any] = []
-        for i, argument in enumerate(arguments):
+        def value(argument: Any, i: int) -> Any:
             if isinstance(argument, Tiled):
-                values.append(argument.map(upload(argument.array, i).address))
-            elif isinstance(argument, Shifted):
+                return argument.map(upload(argument.array, i).address)
+            if isinstance(argument, Shifted):
                 offset = argument.start * argument.array.itemsize
-                values.append(upload(argument.array, i).address + offset)
-            elif isinstance(argument, np.ndarray):
-                values.append(upload(argument, i))
-            else:
-                values.append(argument)
+                return upload(argument.array, i).address + offset
+            if isinstance(argument, np.ndarray):
+                return upload(argument, i)
+            if isinstance(argument, Struct):
+                fields = [value(field, i) for field in argument.fields]
+                fields = [field.address if isinstance(field, Buffer) else field for field in fields]
+                return struct.pack(f"@{argument.types}0q", *fields)
+            return argument
+
+        values = [value(argument, i) for i, argument in enumerate(arguments)]
         steps = module.launch(
             self.mangled(name),
             (grid,) if isinstance(grid, int) else grid,
