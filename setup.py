@@ -44,8 +44,9 @@ MIN_TORCH = (2, 11)
 CPU_OPS = ["dropout", "gemm", "layer_norm", "linear", "mlp", "linear_cross_entropy"]
 CPU_OPS += ["attention_fwd", "attention_bwd", "adamw"]
 BINDINGS = ["dropout", "attention", "layer_norm", "linear", "linear_cross_entropy", "mlp"]
-BINDINGS += ["adamw", "gemm", "memory", "attention_decode"]
-CUDA_SOURCES = ["runtime", "dropout", "layer_norm", "attention_decode", "mlp"]
+BINDINGS += ["adamw", "gemm", "memory", "attention_cuda", "attention_decode"]
+CUDA_SOURCES = ["runtime", "dropout", "layer_norm", "attention_fwd", "attention_bwd"]
+CUDA_SOURCES += ["attention_decode", "mlp"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]

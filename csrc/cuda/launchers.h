@@ -113,4 +113,36 @@ int64_t fastformer_mlp_sum_rows(int64_t N);
 int fastformer_gelu_fwd(const fastformer_gelu_fwd_args *args, fastformer_stream stream);
 int fastformer_gelu_bwd(const fastformer_gelu_bwd_args *args, fastformer_stream stream);
 int fastformer_column_sums(const fastformer_column_sums_args *args, fastformer_stream stream);
+
+// Rows of D elements side by side: (B, tokens, H, D), or packed (tokens, H, D). Strides count
+// elements; they are multiples of 8, that of tokens less than 2**31, and `data` is one of 16 bytes.
+struct fastformer_attention_rows {
+  void *data;
+  int64_t batch_stride, token_stride, head_stride;
+};
+
+struct fastformer_dropout {
+  const int64_t *rng; // null where nothing is dropped; then scale is 1
+  int64_t site;
+  float scale;
+  uint32_t threshold;
+};
+
+// One call of attention, forward or backward, in bfloat16 or float16.
+struct fastformer_attention_args {
+  fastformer_attention_rows q, k, v, out;
+  fastformer_attention_rows grad_out, grad_q, grad_k, grad_v; // of backward
+  float *lse;  // (B, H, T), or (H, N) of packed sequences
+  float *sums; // scratch of backward: fastformer_attention_bwd_sums floats
+  const int32_t *key_lengths, *cu_seqlens_q, *cu_seqlens_k; // the latter of packed sequences
+  fastformer_dropout dropout;
+  int64_t B, H, N; // N: query tokens of packed sequences
+  int32_t T, S, D; // T, S: of the longest sequence
+  int32_t causal, type;
+  float scale;
+};
+
+int64_t fastformer_attention_bwd_sums(int64_t heads, int64_t T, int64_t S, int64_t D);
+int fastformer_attention_fwd(const fastformer_attention_args *args, fastformer_stream stream);
+int fastformer_attention_bwd(const fastformer_attention_args *args, fastformer_stream stream);
 }

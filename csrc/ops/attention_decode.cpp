@@ -100,22 +100,5 @@ std::tuple<Tensor, Tensor> decode_fwd(const char *op, const Tensor &q, const Ten
   return {out, lse};
 }
 
-namespace {
-
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor &q, const Tensor &k, const Tensor &v,
-                                         const std::optional<Tensor> &key_lengths, bool causal,
-                                         double scale, double, const std::optional<Tensor> &rng,
-                                         int64_t) {
-  const char *op = "attention_fwd";
-  STD_TORCH_CHECK(!rng.has_value(), op, ": this kernel drops no weights; pass no rng");
-  return decode_fwd(op, q, k, v, key_lengths, causal, scale);
-}
-
-} // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(fastformer, CUDA, m) {
-  m.impl("attention_fwd.cuda", TORCH_BOX(&attention_fwd));
-}
-
 } // namespace fastformer
 #endif

@@ -45,10 +45,17 @@ def qkvpacked_bwd_fake(grad_out: Tensor, qkv: Tensor, *saved: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
+def refuse_cuda(*args: Any) -> str | None:
+    dtype = args[0].dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        return None
+    return f"it takes bfloat16 and float16, got {str(dtype)[6:]}"
+
+
 _CUDA_MAX_QUERIES = 16  # kDecodeMaxQueries of csrc/cuda/attention_decode.h
 
 
-def _refuse_cuda(
+def _refuse_cuda_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -59,13 +66,13 @@ def _refuse_cuda(
     rng: Tensor | None,
     site: int,
 ) -> str | None:
-    """Its kernel is one for few queries, as when tokens are generated one by one."""
-    if q.dtype == torch.float64:
-        return "it takes float32, bfloat16 and float16, got float64"
+    """The kernel for few queries, as when tokens are generated one by one, takes float32 too."""
+    if q.dtype != torch.float32:
+        return refuse_cuda(q)
     if rng is not None:
-        return f"it drops no weights, got dropout_p {dropout_p}"
+        return f"it drops no weights of float32, got dropout_p {dropout_p}"
     if q.shape[1] > _CUDA_MAX_QUERIES:
-        return f"it takes at most {_CUDA_MAX_QUERIES} queries, got {q.shape[1]}"
+        return f"of float32 it takes at most {_CUDA_MAX_QUERIES} queries, got {q.shape[1]}"
     return None
 
 
@@ -78,21 +85,23 @@ dispatch.define(
     reference=reference.attention_fwd,
     fake=_fwd_fake,
     native=("cpu", "cuda"),
-    limits={"cuda": _refuse_cuda},
+    limits={"cuda": _refuse_cuda_fwd},
 )
 dispatch.define(
     "attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" Tensor? key_lengths, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.attention_bwd,
     fake=bwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": refuse_cuda},
 )
 dispatch.define(
     "attention_qkvpacked_bwd(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse,"
     f" Tensor? key_lengths, {SETTINGS}) -> Tensor",
     reference=reference.attention_qkvpacked_bwd,
     fake=qkvpacked_bwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": refuse_cuda},
 )
 
 for _op in ("attention_fwd", "attention_bwd", "attention_qkvpacked_bwd"):

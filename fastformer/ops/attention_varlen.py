@@ -24,6 +24,7 @@ from fastformer.ops.attention import (
     check_packed,
     check_qkv,
     qkvpacked_bwd_fake,
+    refuse_cuda,
 )
 
 
@@ -39,14 +40,16 @@ dispatch.define(
     " -> (Tensor, Tensor)",
     reference=reference.attention_varlen_fwd,
     fake=_fwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": refuse_cuda},
 )
 dispatch.define(
     "attention_varlen_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" {_LENGTHS}, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.attention_varlen_bwd,
     fake=bwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": refuse_cuda},
 )
 
 dispatch.define(
@@ -54,7 +57,8 @@ dispatch.define(
     f" Tensor cu_seqlens, SymInt max_seqlen, {SETTINGS}) -> Tensor",
     reference=reference.attention_varlen_qkvpacked_bwd,
     fake=qkvpacked_bwd_fake,
-    native=("cpu",),
+    native=("cpu", "cuda"),
+    limits={"cuda": refuse_cuda},
 )
 
 for _op in ("attention_varlen_fwd", "attention_varlen_bwd", "attention_varlen_qkvpacked_bwd"):

@@ -1,5 +1,6 @@
 // What only tests ask of the C++ code: how kernels are launched. A submodule for each header, and a
 // function here that fills it; the headers need neither torch nor CUDA.
+#include "cuda/attention.h"
 #include "cuda/attention_decode.h"
 #include "cuda/layer_norm.h"
 #include "cuda/mlp.h"
@@ -10,6 +11,18 @@ namespace {
 
 namespace py = pybind11;
 using namespace fastformer;
+
+void bind_attention(py::module_ m) {
+  m.def("fwd_launch", &attention_fwd_launch);
+  m.def("bwd_launch", &attention_bwd_launch);
+  m.def("bwd_sums", &attention_bwd_sums);
+  m.def("chunk", &attention_chunk);
+  py::class_<AttentionLaunch>(m, "Launch")
+      .def_readonly("dim", &AttentionLaunch::dim)
+      .def_readonly("threads", &AttentionLaunch::threads)
+      .def_readonly("blocks", &AttentionLaunch::blocks)
+      .def_readonly("shared_bytes", &AttentionLaunch::shared_bytes);
+}
 
 void bind_attention_decode(py::module_ m) {
   m.attr("max_queries") = kDecodeMaxQueries;
@@ -46,6 +59,7 @@ void bind_mlp(py::module_ m) {
 } // namespace
 
 PYBIND11_MODULE(native, m) {
+  bind_attention(m.def_submodule("attention"));
   bind_attention_decode(m.def_submodule("attention_decode"));
   bind_layer_norm(m.def_submodule("layer_norm"));
   bind_mlp(m.def_submodule("mlp"));

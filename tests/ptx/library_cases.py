@@ -37,6 +37,8 @@ from tests.ptx.resources import Resources
 from tests.ptx.triton_compile import ROOT
 
 ATTENTION_DECODE_CU = ROOT / "csrc" / "cuda" / "attention_decode.cu"
+ATTENTION_FWD_CU = ROOT / "csrc" / "cuda" / "attention_fwd.cu"
+ATTENTION_BWD_CU = ROOT / "csrc" / "cuda" / "attention_bwd.cu"
 DROPOUT_CU = ROOT / "csrc" / "cuda" / "dropout.cu"
 LAYER_NORM_CU = ROOT / "csrc" / "cuda" / "layer_norm.cu"
 MLP_CU = ROOT / "csrc" / "cuda" / "mlp.cu"
@@ -217,6 +219,49 @@ def _cuda_mlp(arch: str) -> list[Case]:
     return [*cases, cuda_case("mlp_add_sums", arch, MLP_CU, sums, 256, inputs=inputs)]
 
 
+def _uses_mma_sync(record: Resources) -> list[str]:
+    return [] if record.counts.get("HMMA") else [f"no HMMA, but {record.counts}"]
+
+
+def _no_halves(record: Resources) -> list[str]:
+    """Rows move in pieces of 16 bytes; of less there are statistics, lengths and the like."""
+    return ["accesses of two bytes"] if record.accesses.get(2) else []
+
+
+# The largest blocks of csrc/cuda/attention.h: threads, shared memory, and the products of a turn of
+# the hot loop, all keys of a tile for 16 queries of a warp or 32 queries for its 16 keys.
+CUDA_ATTENTION = {
+    ("fwd", 64): (256, 49152, 2 * 64),
+    ("fwd", 128): (192, 57344, 2 * 32),
+    ("bwd", 64): (512, 140288, 4 * 32),
+    ("bwd", 128): (256, 115200, 4 * 32),
+}
+
+
+def _cuda_attention(arch: str) -> list[Case]:
+    cases = []
+    for (what, D), (threads, shared, columns) in CUDA_ATTENTION.items():
+        useful = columns * 2 * 16 * D * threads // 32
+        # float16 has the same code but for the type of its products.
+        for low in ("__nv_bfloat16", "__half") if (what, D) == ("bwd", 64) else ("__nv_bfloat16",):
+            dtype = _CUDA_DTYPES[low]
+            rules: list[Rule] = [_uses_mma_sync, gates.copies_asynchronously, _no_halves]
+            rules.append(partial(gates.no_redundant_matrix_work, useful_flops=useful))
+            cases.append(
+                cuda_case(
+                    f"attention_{what}-{dtype}-{D}",
+                    arch,
+                    ATTENTION_FWD_CU if what == "fwd" else ATTENTION_BWD_CU,
+                    f"attention_{what}_kernel<{low}, {D}>",
+                    threads,
+                    *rules,
+                    dynamic_shared=shared,
+                    inputs=f"{dtype}, D {D}",
+                )
+            )
+    return cases
+
+
 def _mlp_cases(arch: int) -> list[Case]:
     cases = []
     for name, dtype, tanh, drops in (
@@ -351,6 +396,7 @@ LIBRARY = [
     *(case for arch in CUDA_ARCHS for case in _cuda_layer_norm(arch)),
     *(case for arch in CUDA_ARCHS for case in _cuda_attention_decode(arch)),
     *(case for arch in CUDA_ARCHS for case in _cuda_mlp(arch)),
+    *(case for arch in CUDA_ARCHS for case in _cuda_attention(arch)),
     *(
         triton_case(
             f"{raw}-{C}",

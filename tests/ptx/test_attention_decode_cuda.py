@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="needs Triton, which brings the disassemble
 
 import fastformer
 from fastformer.ops import reference
-from fastformer.ops.attention import _refuse_cuda
+from fastformer.ops.attention import _refuse_cuda_fwd
 from tests.ops.test_attention import eager, qkv
 from tests.ptx import nvcc
 from tests.ptx.cases import cuda_kernels
@@ -244,12 +244,12 @@ def test_a_long_cache_of_few_heads_is_split(native):
     [
         ("at most 16 queries, got 17", 17, F32, None),
         ("got float64", 1, torch.float64, None),
-        ("drops no weights, got dropout_p 0.5", 1, F32, torch.tensor([1, 2])),
+        ("drops no weights of float32, got dropout_p 0.5", 1, F32, torch.tensor([1, 2])),
         (None, 16, F16, None),
     ],
     ids=str,
 )
 def test_refusals(words, T, dtype, rng):
     q, k, v = (t.to("meta") for t in inputs(1, T, 20, 1, 16, dtype))
-    reason = _refuse_cuda(q, k, v, None, True, 1.0, 0.5, rng, 0)
+    reason = _refuse_cuda_fwd(q, k, v, None, True, 1.0, 0.5, rng, 0)
     assert reason is None if words is None else words in reason
