@@ -27,10 +27,11 @@ import site
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -157,13 +158,13 @@ def cuda_archs() -> list[str]:
     return archs or local_archs() or ["90a"]
 
 
-def cpu_isas() -> dict[str, list[str]]:
-    """The instruction sets to compile for, with their flags."""
+def cpu_isas() -> list[str]:
+    """The instruction sets to compile for."""
     requested = os.environ.get("FASTFORMER_CPU_ISAS", "").split() or [*ISA_FLAGS]
     if bad := [isa for isa in requested if isa not in ISA_FLAGS]:
         known = " ".join(ISA_FLAGS)
         raise fail(f'FASTFORMER_CPU_ISAS must be some of "{known}" here, got {" ".join(bad)!r}')
-    return {isa: ISA_FLAGS[isa] for isa in ("default", *requested)}
+    return list(dict.fromkeys(("default", *requested)))
 
 
 def local_archs() -> list[str]:
@@ -200,6 +201,11 @@ def compile_step(compiler: list[str], source: str, temp: Path, suffix: str = "")
     return Step(path, output, command)
 
 
+def compiles(steps: Iterable[Step]) -> bool:
+    """Whether all steps succeed, on their own."""
+    return all(subprocess.run(step.command).returncode == 0 for step in steps)
+
+
 class BuildExt(build_ext):
     """Compiles each source with its own flags, through ninja where there is one, and links once."""
 
@@ -208,14 +214,47 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         torch, cxx, nvcc = find_torch(), find_compiler(), find_nvcc()
-        archs = cuda_archs() if nvcc else []
+        archs, isas = cuda_archs() if nvcc else [], cpu_isas()
         temp = Path(self.build_temp).resolve()
         temp.mkdir(parents=True, exist_ok=True)
+        if not self.compile(torch, cxx, nvcc, archs, isas, temp):
+            # The rest does without, where nobody insists.
+            kept = [arch for arch in archs if compiles(self.cuda_steps(nvcc, cxx, temp, [arch]))]
+            if os.environ.get("FASTFORMER_CUDA") == "1":
+                kept = archs
+            kept_isas = [i for i in isas if compiles(self.cpu_kernel_steps(cxx, temp, [i]))]
+            left_out = [f"sm_{arch}" for arch in archs if arch not in kept]
+            left_out += [isa for isa in isas if isa not in kept_isas]
+            if not left_out or "default" not in kept_isas:
+                self.fail_to_compile(nvcc)
+            print(
+                f"fastformer: going on without kernels for {', '.join(left_out)}, which do not"
+                " compile, see the compiler's messages above",
+                flush=True,
+            )
+            archs, isas, nvcc = kept, kept_isas, nvcc if kept else None
+            if not self.compile(torch, cxx, nvcc, archs, isas, temp):
+                self.fail_to_compile(nvcc)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a process that has it mapped keeps the old one
+        shutil.copyfile(temp / "_C.so", target)
+
+    def compile(
+        self,
+        torch: Path,
+        cxx: list[str],
+        nvcc: Path | None,
+        archs: list[str],
+        isas: list[str],
+        temp: Path,
+    ) -> bool:
+        """Make _C.so in `temp`; return whether that succeeded."""
         # What takes longest first: the CUDA kernels, then the CPU kernels, then the bindings.
         steps = [*self.cuda_steps(nvcc, cxx, temp, archs)] if nvcc else []
-        steps += self.cpu_steps(cxx, torch, temp, archs)
-        library = temp / "_C.so"
-        link = [*cxx, *SANITIZE_FLAGS, "-shared", "-o", str(library)]
+        steps += self.cpu_kernel_steps(cxx, temp, isas)
+        steps += self.binding_steps(cxx, torch, temp, archs, isas)
+        link = [*cxx, *SANITIZE_FLAGS, "-shared", "-o", str(temp / "_C.so")]
         link += [str(step.output) for step in steps]
         if nvcc:
             # Our static runtime must not be interposed by torch's, or the other way round.
@@ -227,28 +266,28 @@ class BuildExt(build_ext):
         kind = f"CPU and CUDA ({' '.join(archs)}) kernels" if nvcc else "CPU kernels, no CUDA"
         print(f"fastformer: building {kind}", flush=True)
         run = run_ninja if find_ninja() else run_threads
-        if not run(steps, link, library, temp):
-            without_cuda = "FASTFORMER_CUDA=0 leaves out the CUDA kernels, " if nvcc else ""
-            raise fail(
-                "compilation failed, see the compiler's messages above;"
-                f" {without_cuda}FASTFORMER_SKIP_EXT=1 all compiled kernels"
-            )
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # a process that has it mapped keeps the old one
-        shutil.copyfile(library, target)
+        return run(steps, link, temp / "_C.so", temp)
 
-    def cpu_steps(
-        self, cxx: list[str], torch: Path, temp: Path, archs: list[str]
-    ) -> Iterator[Step]:
-        def step(source: str, flags: list[str], suffix: str = "") -> Step:
-            return compile_step([*cxx, *CXX_FLAGS, *flags], source, temp, suffix)
+    def fail_to_compile(self, nvcc: Path | None) -> NoReturn:
+        without_cuda = "FASTFORMER_CUDA=0 leaves out the CUDA kernels, " if nvcc else ""
+        raise fail(
+            "compilation failed, see the compiler's messages above;"
+            f" {without_cuda}FASTFORMER_SKIP_EXT=1 all compiled kernels"
+        )
 
-        isas = cpu_isas()
-        yield step("cpu/select.cpp", [f"-DFASTFORMER_WITH_{isa.upper()}" for isa in isas])
+    def cpu_kernel_steps(self, cxx: list[str], temp: Path, isas: list[str]) -> Iterator[Step]:
         for op in CPU_OPS:
-            for isa, flags in isas.items():
-                yield step(f"cpu/{op}.cpp", [f"-DFASTFORMER_ISA=isa_{isa}", *flags], f".{isa}")
+            for isa in isas:
+                flags = [*CXX_FLAGS, f"-DFASTFORMER_ISA=isa_{isa}", *ISA_FLAGS[isa]]
+                yield compile_step([*cxx, *flags], f"cpu/{op}.cpp", temp, f".{isa}")
+
+    def binding_steps(
+        self, cxx: list[str], torch: Path, temp: Path, archs: list[str], isas: list[str]
+    ) -> Iterator[Step]:
+        def step(source: str, flags: list[str]) -> Step:
+            return compile_step([*cxx, *CXX_FLAGS, *flags], source, temp)
+
+        yield step("cpu/select.cpp", [f"-DFASTFORMER_WITH_{isa.upper()}" for isa in isas])
         if archs:
             yield step("cuda/cublaslt.cpp", [])
         target = "0x{:02x}{:02x}000000000000".format(*MIN_TORCH)

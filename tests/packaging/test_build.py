@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,12 +30,16 @@ def complaint(result) -> str:
 
 @pytest.fixture
 def fake_nvcc(tmp_path: Path) -> Path:
-    """A CUDA toolkit whose compiler fails."""
+    """A CUDA toolkit whose compiler makes empty objects, for sm_80 alone."""
     home = tmp_path / "cuda"
     (home / "bin").mkdir(parents=True)
     (home / "lib64").mkdir()
-    (home / "lib64/libcudart_static.a").touch()
-    (home / "bin/nvcc").write_text("#!/bin/sh\necho 'dropout.cu(1): error: broken' >&2\nexit 1\n")
+    subprocess.run(["ar", "rcs", home / "lib64/libcudart_static.a"], check=True)
+    (home / "bin/nvcc").write_text(
+        "#!/bin/sh\n"
+        "case $* in *compute_90a*) echo 'dropout.cu(1): error: broken' >&2; exit 1;; esac\n"
+        "for out; do :; done; g++ -x c++ -c /dev/null -o $out\n"
+    )
     (home / "bin/nvcc").chmod(0o755)
     return home
 
@@ -72,7 +77,8 @@ def test_settings_that_cannot_be_met_are_named(run, copy_checkout, fake_nvcc, tm
 
 def test_source_that_does_not_compile(run, copy_checkout, fake_nvcc) -> None:
     checkout = copy_checkout()
-    result = run(sys.executable, *BUILD, cwd=checkout, CUDA_HOME=fake_nvcc, **QUICKLY)
+    settings = {"CUDA_HOME": fake_nvcc, "FASTFORMER_CUDA_ARCHS": "90a", **QUICKLY}
+    result = run(sys.executable, *BUILD, cwd=checkout, FASTFORMER_CUDA="1", **settings)
     assert "error: broken" in result.stdout + result.stderr
     assert "FASTFORMER_CUDA=0 leaves out the CUDA kernels" in complaint(result)
 
@@ -81,6 +87,33 @@ def test_source_that_does_not_compile(run, copy_checkout, fake_nvcc) -> None:
     assert "#error broken" in result.stdout + result.stderr
     assert complaint(result).startswith("fastformer: compilation failed")
     assert "FASTFORMER_CUDA=0" not in complaint(result)
+
+
+@pytest.mark.slow
+def test_the_rest_goes_on_without_what_does_not_compile(
+    run, copy_checkout, fake_nvcc, tmp_path
+) -> None:
+    """A GPU's architecture, then all of CUDA, then an instruction set."""
+    checkout = copy_checkout()
+
+    def built(**settings) -> tuple[str, bytes]:
+        result = run(sys.executable, *BUILD, cwd=checkout, CUDA_HOME=fake_nvcc, **settings)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout, (checkout / "fastformer/_C.so").read_bytes()
+
+    said, library = built(FASTFORMER_CUDA_ARCHS="80 90a", **QUICKLY)
+    assert "going on without kernels for sm_90a, which do not compile" in said
+    assert b"cuda_archs=80" in library
+    said, library = built(FASTFORMER_CUDA_ARCHS="90a", **QUICKLY)
+    assert "going on without kernels for sm_90a, " in said
+    assert b"cuda_archs=none" in library
+
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ncase $* in *-mavx2*) exit 1;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    isas = {**QUICKLY, "FASTFORMER_CPU_ISAS": "avx2"}
+    said, _ = built(FASTFORMER_CUDA="0", CXX=compiler, **isas)
+    assert "going on without kernels for avx2, " in said
 
 
 def test_job_count_and_architectures(run) -> None:
