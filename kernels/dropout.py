@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.ops.reference import dropout_scale, dropout_threshold
+from fastformer._dropout import dropout_scale, dropout_threshold
 
 _BLOCK_C = 256
 _TILE = 4096  # elements that a program draws

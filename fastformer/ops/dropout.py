@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastformer._dropout import dropout_scale
 from fastformer.ops import dispatch, reference
 from fastformer.ops.arguments import check_dropout, check_float, needs_grad
 
@@ -77,7 +78,7 @@ def _explain(
 def _apply(x: Tensor, dropout_p: float, rng: Tensor, site: int) -> Tensor:
     cols = x.shape[-1]
     keep = dropout_mask(x.numel() // max(cols, 1), cols, dropout_p, rng, site)
-    return torch.where(keep.view(x.shape), x * reference.dropout_scale(dropout_p), 0.0)
+    return torch.where(keep.view(x.shape), x * dropout_scale(dropout_p), 0.0)
 
 
 class _Dropout(torch.autograd.Function):

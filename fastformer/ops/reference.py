@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastformer._dropout import dropout_scale, dropout_threshold
+
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW_32 = 0xFFFFFFFF
@@ -28,16 +30,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 # ---- dropout: see fastformer/ops/dropout.py for the definition ----
-
-
-def dropout_threshold(dropout_p: float) -> int:
-    """The 16-bit number below which an element is dropped."""
-    return min(65535, round(dropout_p * 65536))
-
-
-def dropout_scale(dropout_p: float) -> float:
-    """The factor of kept elements: the inverse of the exact probability of being kept."""
-    return 65536 / (65536 - dropout_threshold(dropout_p))
 
 
 def _multiply_32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

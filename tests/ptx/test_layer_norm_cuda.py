@@ -12,7 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton, which brings the disassembler")
 
-from fastformer.ops import dropout_mask, reference
+from fastformer._dropout import dropout_scale, dropout_threshold
+from fastformer.ops import dropout_mask
 from fastformer.ops.layer_norm import _refuse_cuda
 from tests.ptx import nvcc
 from tests.ptx.cases import cuda_kernels
@@ -76,8 +77,8 @@ class Runner:
         """rng, site, threshold, scale."""
         if not p:
             return 0, 0, 0, 0.0
-        scale = reference.dropout_scale(p)
-        return np.array(RNG), SITE, reference.dropout_threshold(p), scale
+        scale = dropout_scale(p)
+        return np.array(RNG), SITE, dropout_threshold(p), scale
 
     def forward(self, x, residual, weight, bias, out_dtype, p=0.0):
         N, C = residual.shape
@@ -132,7 +133,7 @@ def eager(values, out_dtype, keep, p, add):
     x, residual, weight, bias = (values[name] for name in ("x", "residual", "weight", "bias"))
     total = residual
     if add:
-        x = x if keep is None else x * keep * reference.dropout_scale(p)
+        x = x if keep is None else x * keep * dropout_scale(p)
         total = residual + x
     affine = [None if t is None else t.to(total.dtype) for t in (weight, bias)]
     normed = F.layer_norm(total, total.shape[-1:], *affine, EPS)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton, which brings the disassembler")
 
-from fastformer.ops import dropout_mask, reference
+from fastformer._dropout import dropout_scale, dropout_threshold
+from fastformer.ops import dropout_mask
 from fastformer.ops.mlp import _refuse_cuda
 from tests.ptx import nvcc
 from tests.ptx.launchers import Launchers
@@ -101,7 +102,7 @@ class Runner:
         self.wide += [name.endswith("true>") for name in names if "add_sums" not in name]
 
     def settings(self, like: Tensor, tanh: bool, p: float) -> tuple[np.ndarray | None, Settings]:
-        threshold, scale = reference.dropout_threshold(p), reference.dropout_scale(p)
+        threshold, scale = dropout_threshold(p), dropout_scale(p)
         settings = (SITE, scale, threshold, TYPES[like.dtype], tanh)
         return np.array(RNG) if p else None, Settings(*like.shape, *settings)
 
@@ -143,7 +144,7 @@ def eager(grad, x, w1, b1, w2, b2, tanh, keep, p):
     x, w1, b1, w2, b2 = leaves
     hidden = F.gelu(F.linear(x, w1, b1), approximate="tanh" if tanh else "none")
     if keep is not None:
-        hidden = hidden * keep * reference.dropout_scale(p)
+        hidden = hidden * keep * dropout_scale(p)
     out = F.linear(hidden, w2, b2)
     out.backward(grad.to(out.dtype))
     return out.detach(), *(leaf.grad for leaf in leaves)
