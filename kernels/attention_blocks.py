@@ -104,15 +104,6 @@ def statistic_ptr(ptr, b, h, first, tokens, H, N, PACKED: tl.constexpr):
     return ptr + offset
 
 
-@triton.jit
-def dropout_state(rng_ptr, site):
-    if rng_ptr is None:
-        seed, stream = 0, 0
-    else:
-        seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
-    return seed, stream
-
-
 def refuse(*args: Any) -> str | None:
     """Why the kernels for long and for packed sequences cannot run on `args`, or None."""
     H, D = args[0].shape[-2:]
@@ -128,13 +119,16 @@ def is_hopper() -> bool:
     return triton.runtime.driver.active.get_current_target().arch == 90
 
 
-def aligned(t: Tensor) -> Tensor:
-    """`t` as it is where the kernels can read it, else a copy."""
-    *strides, last = t.stride()
-    # A dimension of one element has no stride that counts.
-    counted = [s for s, size in zip(strides, t.shape[:-1], strict=True) if size > 1]
-    if last == 1 and t.stride(-3) < _MAX_STRIDE and all(s % UNIT == 0 for s in counted):
-        return t
+def aligned(t: Tensor, max_stride: int = _MAX_STRIDE) -> Tensor:
+    """`t` as it is where the kernels can read it, else a copy; `max_stride` is that of tokens."""
+    *strides, token, head, last = t.stride()
+    if last == 1 and token < max_stride:
+        if not (token | head | sum(strides)) % UNIT:
+            return t
+        # A dimension of one element has no stride that counts.
+        counted = [s for s, size in zip(t.stride(), t.shape[:-1], strict=False) if size > 1]
+        if all(s % UNIT == 0 for s in counted):
+            return t
     return t.contiguous()
 
 

@@ -23,7 +23,6 @@ from fastformer.kernels.attention_blocks import (
     VARYING,
     aligned,
     contiguous,
-    dropout_state,
     head,
     head_block,
     is_hopper,
@@ -33,7 +32,7 @@ from fastformer.kernels.attention_blocks import (
     store_rows,
     strides,
 )
-from fastformer.kernels.dropout import keep_mask, launch_arguments
+from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -22,7 +22,6 @@ from fastformer.kernels.attention_blocks import (
     VARYING,
     aligned,
     contiguous,
-    dropout_state,
     head,
     head_block,
     load_rows,
@@ -31,7 +30,7 @@ from fastformer.kernels.attention_blocks import (
     store_rows,
     strides,
 )
-from fastformer.kernels.dropout import keep_mask
+from fastformer.kernels.dropout import dropout_state, keep_mask
 
 
 @triton.jit

@@ -20,8 +20,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from fastformer.kernels.attention_blocks import LN_2, LOG2_E, contiguous, head_block, strides
-from fastformer.kernels.dropout import keep_mask, launch_arguments
+from fastformer.kernels.attention_blocks import (
+    LN_2,
+    LOG2_E,
+    aligned,
+    contiguous,
+    head_block,
+    strides,
+)
+from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
 
 _MAX_STRIDE = 2**22  # of tokens: 512 of them have offsets of 32 bits inside a head
 
@@ -66,7 +73,7 @@ def _attention_short_fwd_kernel(
     head = (tl.program_id(0) // tiles).to(tl.int64)
     first = tl.program_id(0) % tiles * BLOCK_M
     batch, h = head // H, head % H
-    # Inside a head 32 bits are enough, see _addressable.
+    # Inside a head 32 bits are enough, see _MAX_STRIDE.
     q_ptr += (batch * q_stride_b + h * q_stride_h) * 8
     k_ptr += (batch * k_stride_b + h * k_stride_h) * 8
     v_ptr += (batch * k_stride_b + h * k_stride_h) * 8
@@ -85,8 +92,7 @@ def _attention_short_fwd_kernel(
     if CAUSAL:
         end = tl.minimum(length, first + BLOCK_M + S - T)
         last_key = tl.minimum(last_key, offs_m + (S - T))
-    if rng_ptr is not None:
-        seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+    seed, stream = dropout_state(rng_ptr, site)
     scale_log2 = scale * LOG2_E
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -175,8 +181,7 @@ def _attention_short_bwd_kernel(
     length = S
     if key_lengths_ptr is not None:
         length = tl.minimum(S, tl.load(key_lengths_ptr + batch))
-    if rng_ptr is not None:
-        seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+    seed, stream = dropout_state(rng_ptr, site)
     if sums_ptr is not None:
         sums_ptr += head * S * (2 * D)
     scale_log2 = scale * LOG2_E
@@ -309,16 +314,10 @@ def _options(
     }
 
 
-def _is_addressable(t: Tensor) -> bool:
-    b, n, h, d = t.stride()
-    return d == 1 and n < _MAX_STRIDE and not (b | n | h) % 8
-
-
-def _addressable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, copied if the kernels cannot read them; k and v with one set of strides."""
-    if not _is_addressable(q):
-        q = q.contiguous()
-    if not _is_addressable(k) or k.stride() != v.stride():
+def _all_aligned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Also, k and v have one set of strides."""
+    q, k, v = (aligned(t, _MAX_STRIDE) for t in (q, k, v))
+    if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
     return q, k, v
 
@@ -336,7 +335,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D) and lse (B, H, T), as `ops/reference.py` has them."""
     (B, T, H, D), S = q.shape, k.shape[1]
-    q, k, v = _addressable(q, k, v)
+    q, k, v = _all_aligned(q, k, v)
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, H, T), dtype=torch.float32)
     given = key_lengths is not None, rng is not None
@@ -381,7 +380,7 @@ def backward(
 ) -> None:
     """Fill the gradients, whose last stride is 1; grad_k and grad_v have one set of strides."""
     (B, T, H, D), S = q.shape, k.shape[1]
-    q, k, v = _addressable(q, k, v)
+    q, k, v = _all_aligned(q, k, v)
     given = key_lengths is not None, rng is not None
     with torch.cuda.device_of(q):
         device = driver.active.get_current_device()

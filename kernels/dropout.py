@@ -17,11 +17,21 @@ _TILE = 4096  # elements that a program draws
 
 
 @triton.jit
+def dropout_state(rng_ptr, site):
+    """The seed, and the stream of numbers of a site; nothing of use where nothing is dropped."""
+    if rng_ptr is None:
+        seed, stream = 0, 0
+    else:
+        seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+    return seed, stream
+
+
+@triton.jit
 def keep_mask(seed, stream, rows, threshold, first_col, COLS: tl.constexpr):
     """Return the mask (M, COLS) of `rows` (M,) and the COLS columns from `first_col` on.
 
-    `seed` is rng[0] and `stream` is rng[1] + site, both int64. COLS and `first_col` are multiples
-    of 8: one draw of Philox serves eight columns.
+    `seed` and `stream` are those of `dropout_state`. COLS and `first_col` are multiples of 8: one
+    draw of Philox serves eight columns.
     """
     groups = first_col // 8 + tl.arange(0, COLS // 8)
     col_group = groups[None, :].to(tl.uint32)
@@ -57,7 +67,7 @@ def _dropout_mask_kernel(
     offs_m = (pid // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_col = pid % tiles_c * BLOCK_C
     offs_c = first_col + tl.arange(0, BLOCK_C)
-    seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+    seed, stream = dropout_state(rng_ptr, site)
     keep = keep_mask(seed, stream, offs_m, threshold, first_col, BLOCK_C)
     offs = offs_m[:, None] * C + offs_c[None, :]
     mask = (offs_m < N)[:, None] & (offs_c < C)[None, :]

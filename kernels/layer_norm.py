@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.dropout import keep_mask, launch_arguments
+from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
 
 MAX_C = 8192  # what the registers of sixteen warps hold in backward
 _TILE = 1024  # elements of narrow rows that a program takes at a time
@@ -55,7 +55,7 @@ def _layer_norm_fwd_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if rng_ptr is not None:
-            seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+            seed, stream = dropout_state(rng_ptr, site)
             keep = keep_mask(seed, stream, offs_m, threshold, 0, BLOCK_C)
             x = tl.where(keep, x * scale, 0.0)
         # The statistics are those of the sum as it is stored, which backward reads.
@@ -100,8 +100,7 @@ def _layer_norm_bwd_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    if rng_ptr is not None:
-        seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+    seed, stream = dropout_state(rng_ptr, site)
     grad_weight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     grad_bias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(pid * BLOCK_M, N, programs * BLOCK_M):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.dropout import keep_mask, launch_arguments
+from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
 from fastformer.kernels.product import columns, has_tma, matrix, operands, product, tile_of
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -125,7 +125,7 @@ def _mlp_fwd_kernel(
         tl.store(pre_ptr + offs, pre, mask=mask)
         hidden, _ = _gelu_and_slope(pre.to(tl.float32), TANH)
         if rng_ptr is not None:
-            seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+            seed, stream = dropout_state(rng_ptr, site)
             keep = keep_mask(seed, stream, offs_m, threshold, first_n, PART)
             hidden = tl.where(keep, hidden * scale, 0.0)
         tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
@@ -189,7 +189,7 @@ def _mlp_bwd_kernel(
         hidden, slope = _gelu_and_slope(pre, TANH)
         grad = parts[i] * slope
         if rng_ptr is not None:
-            seed, stream = tl.load(rng_ptr), tl.load(rng_ptr + 1) + site
+            seed, stream = dropout_state(rng_ptr, site)
             keep = keep_mask(seed, stream, offs_m, threshold, first_n, PART)
             hidden = tl.where(keep, hidden * scale, 0.0)
             grad = tl.where(keep, grad * scale, 0.0)
