@@ -1,28 +1,40 @@
 """LayerNorm, alone and after dropout and the residual addition: whole rows in registers.
 
-Every row is read once and written once per direction. A forward program owns a tile of rows; a
-backward program walks over tiles and keeps its sums for weight and bias in registers, which a
-second kernel adds up in one order, so that the same inputs give the same bits. Dropout masks are
-drawn again in backward (`kernels/dropout.py`), never stored.
+Every row is read once and written once per direction, each of which is one launch. A forward
+program owns a tile of rows; a backward program walks over tiles, keeps its sums for weight and bias
+in registers and leaves them in memory. The last program of each group to do so adds up its group's,
+and the last of those the groups', in one order whoever comes last, so that the same inputs give the
+same bits. That end takes 5 us at C = 768 and 14 at 8192, counted in bytes that one multiprocessor
+reads; a second launch, which would add on all of them, takes 4 and as long again of the host's
+time, for which small batches have to wait. Dropout masks are drawn again in
+backward (`kernels/dropout.py`), never stored.
 
 N rows, C model dim.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
 
 MAX_C = 8192  # what the registers of sixteen warps hold in backward
 _TILE = 1024  # elements of narrow rows that a program takes at a time
-_MAX_PROGRAMS = 512  # of backward: each writes two rows of partial sums
+# Of backward, each with two rows of sums: what runs at a time on a large GPU. Not asked of the GPU,
+# so that all of them add in the same order.
+_MAX_PROGRAMS = 512
+_LEAST_PROGRAMS = 128  # of wide rows, of which a multiprocessor holds but one
 _TILES_PER_PROGRAM = 4
+_GROUP = tl.constexpr(16)  # programs whose sums one of them adds up
+_TICKETS = 1 + _MAX_PROGRAMS // _GROUP.value
 
 
 # What is not specialised would compile a kernel anew for another batch size or dropout site.
@@ -75,6 +87,28 @@ def _layer_norm_fwd_kernel(
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
+@triton.jit
+def _comes_last(ticket_ptr, count):
+    """Whether this program is the last of `count` to get here; it sees what the others stored."""
+    tl.debug_barrier()  # all threads have stored theirs
+    is_last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == count - 1
+    if is_last:
+        tl.store(ticket_ptr, 0)  # for the next launch
+    return is_last
+
+
+@triton.jit
+def _add_rows(sums_ptr, first, end, step: tl.constexpr, C, offs_c, mask_c):
+    """Sums for weight and bias over rows of sums, several of which are on their way at a time."""
+    weight_sum = tl.zeros(offs_c.shape, tl.float32)
+    bias_sum = tl.zeros(offs_c.shape, tl.float32)
+    for row in tl.range(first, end, step, loop_unroll_factor=4):
+        row_ptr = sums_ptr + tl.cast(row, tl.int64) * (2 * C) + offs_c
+        weight_sum += tl.load(row_ptr, mask=mask_c, other=0.0)
+        bias_sum += tl.load(row_ptr + C, mask=mask_c, other=0.0)
+    return weight_sum, bias_sum
+
+
 @triton.jit(do_not_specialize=["site", "threshold", "N", "programs"])
 def _layer_norm_bwd_kernel(
     grad_out_ptr,
@@ -86,7 +120,10 @@ def _layer_norm_bwd_kernel(
     rng_ptr,
     grad_x_ptr,
     grad_residual_ptr,
-    partial_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    sums_ptr,
+    tickets_ptr,
     site,
     threshold,
     scale,
@@ -127,37 +164,21 @@ def _layer_norm_bwd_kernel(
                 keep = keep_mask(seed, stream, offs_m, threshold, 0, BLOCK_C)
                 grad = tl.where(keep, grad * scale, 0.0)
         tl.store(grad_x_ptr + offs, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
-    partial_ptr += pid * C + offs_c
-    tl.store(partial_ptr, tl.sum(grad_weight, 0), mask=mask_c)
-    partial_ptr += programs.to(tl.int64) * C
-    tl.store(partial_ptr, tl.sum(grad_bias, 0), mask=mask_c)
-
-
-@triton.jit(do_not_specialize=["programs"])
-def _layer_norm_reduce_kernel(
-    partial_ptr,
-    grad_weight_ptr,
-    grad_bias_ptr,
-    programs,
-    C,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    which = tl.program_id(1)
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    partial_ptr += which.to(tl.int64) * programs * C
-    sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, programs, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)
-        offs = offs_p[:, None].to(tl.int64) * C + offs_c[None, :]
-        mask = (offs_p < programs)[:, None] & mask_c[None, :]
-        sums += tl.load(partial_ptr + offs, mask=mask, other=0.0)
-    total = tl.sum(sums, 0).to(grad_weight_ptr.dtype.element_ty)
-    if which == 0:
-        tl.store(grad_weight_ptr + offs_c, total, mask=mask_c)
-    else:
-        tl.store(grad_bias_ptr + offs_c, total, mask=mask_c)
+    # Rows of sums: those of weight, then those of bias.
+    tl.store(sums_ptr + pid * (2 * C) + offs_c, tl.sum(grad_weight, 0), mask=mask_c)
+    tl.store(sums_ptr + pid * (2 * C) + C + offs_c, tl.sum(grad_bias, 0), mask=mask_c)
+    group = pid // _GROUP
+    first = group * _GROUP
+    end = tl.minimum(first + _GROUP, programs)
+    if _comes_last(tickets_ptr + 1 + group, end - first):
+        weight_sum, bias_sum = _add_rows(sums_ptr, first, end, 1, C, offs_c, mask_c)
+        tl.store(sums_ptr + first * (2 * C) + offs_c, weight_sum, mask=mask_c)
+        tl.store(sums_ptr + first * (2 * C) + C + offs_c, bias_sum, mask=mask_c)
+        if _comes_last(tickets_ptr, tl.cdiv(programs, _GROUP)):
+            weight_sum, bias_sum = _add_rows(sums_ptr, 0, programs, _GROUP, C, offs_c, mask_c)
+            dtype: tl.constexpr = grad_weight_ptr.dtype.element_ty
+            tl.store(grad_weight_ptr + offs_c, weight_sum.to(dtype), mask=mask_c)
+            tl.store(grad_bias_ptr + offs_c, bias_sum.to(dtype), mask=mask_c)
 
 
 def refuse(*args: Any) -> str | None:
@@ -168,6 +189,7 @@ def refuse(*args: Any) -> str | None:
     return None
 
 
+@lru_cache(maxsize=64)
 def _launch_options(C: int) -> dict[str, int]:
     block_c = max(16, triton.next_power_of_2(C))
     block_m = max(1, _TILE // block_c)
@@ -176,6 +198,26 @@ def _launch_options(C: int) -> dict[str, int]:
     # and the lanes that hold one row would disagree on its sum.
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return {"BLOCK_M": block_m, "BLOCK_C": block_c, **options}
+
+
+@cache
+def _kept_tickets(device: torch.device, stream: int) -> Tensor:
+    # By another thread: this one may be allocating from the memory of a CUDA graph.
+    with ThreadPoolExecutor(1) as thread:
+        tickets = thread.submit(torch.empty, _TICKETS, dtype=torch.int32, device=device).result()
+    return tickets.zero_()
+
+
+def _tickets(x: Tensor) -> Tensor:
+    """Counters at zero, which a launch leaves at zero.
+
+    The launches of a stream come one after another and share theirs, so that none needs another
+    that zeroes them. A CUDA graph may be replayed on any stream, beside launches on the one that it
+    was captured on: its launches have their own counters, zeroed by a node of the graph.
+    """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(_TICKETS, dtype=torch.int32, device=x.device)
+    return _kept_tickets(x.device, driver.active.get_current_stream(x.get_device()))
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -195,9 +237,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     C = x.shape[-1]
     N = x.numel() // C
-    out = x.new_empty(x.shape, dtype=out_dtype)
-    new_residual = None if residual is None else residual.new_empty(x.shape)
-    mean, rstd = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
+    out = x.new_empty(*x.shape, dtype=out_dtype)
+    new_residual = None if residual is None else residual.new_empty(*x.shape)
+    mean = x.new_empty(N, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     options = _launch_options(C)
     with torch.cuda.device_of(x):
         _layer_norm_fwd_kernel[(triton.cdiv(N, options["BLOCK_M"]),)](
@@ -236,10 +279,12 @@ def _backward(
     C = x.shape[-1]
     N = x.numel() // C
     options = _launch_options(C)
-    # Not a matter of the device, so that every GPU adds in the same order.
-    programs = min(_MAX_PROGRAMS, triton.cdiv(N, options["BLOCK_M"] * _TILES_PER_PROGRAM))
-    partial = x.new_empty((2, programs, C), dtype=torch.float32)
-    grad_weight, grad_bias = (weight.new_empty(C) for _ in range(2))
+    most = max(_LEAST_PROGRAMS, _MAX_PROGRAMS * _TILE // options["BLOCK_C"])
+    programs = triton.cdiv(N, options["BLOCK_M"] * _TILES_PER_PROGRAM)
+    programs = min(_MAX_PROGRAMS, most, max(1, programs))  # one, if only to store zeros
+    sums = x.new_empty(programs, 2, C, dtype=torch.float32)
+    grad_weight = weight.new_empty(C)
+    grad_bias = torch.empty_like(grad_weight)
     with torch.cuda.device_of(x):
         _layer_norm_bwd_kernel[(programs,)](
             grad_out.contiguous(),
@@ -251,15 +296,15 @@ def _backward(
             _contiguous(rng),
             grad_x,
             grad_residual,
-            partial,
+            grad_weight,
+            grad_bias,
+            sums,
+            _tickets(x),
             *launch_arguments(dropout_p, rng, site),
             N,
             C,
             programs,
             **options,
-        )
-        _layer_norm_reduce_kernel[(triton.cdiv(C, 32), 2)](
-            partial, grad_weight, grad_bias, programs, C, BLOCK_P=64, BLOCK_C=32
         )
     return grad_weight, grad_bias
 
@@ -274,7 +319,7 @@ def layer_norm_fwd(
 def layer_norm_bwd(
     grad_out: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = x.new_empty(x.shape)
+    grad_x = x.new_empty(*x.shape)
     return grad_x, *_backward(grad_out, None, x, weight, mean, rstd, grad_x, None)
 
 
@@ -304,8 +349,8 @@ def add_layer_norm_bwd(
     rng: Tensor | None,
     site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_x = new_residual.new_empty(new_residual.shape, dtype=x_dtype)
-    grad_residual = new_residual.new_empty(new_residual.shape)
+    grad_x = new_residual.new_empty(*new_residual.shape, dtype=x_dtype)
+    grad_residual = new_residual.new_empty(*new_residual.shape)
     grads = _backward(
         grad_normed,
         grad_new_residual,

@@ -15,12 +15,14 @@ pytest.importorskip("triton", reason="needs Triton, which there is for Linux onl
 
 import fastformer
 from fastformer import add_layer_norm, layer_norm
+from fastformer.kernels.layer_norm import _tickets
 from fastformer.ops import dropout_mask
+from tests.ptx.emulator import PtxError
 
 N = 7
 SITE = 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ["_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_reduce_kernel"]
+NAMES = ["_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"]
 newer_triton = pytest.mark.newer_triton
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
 widths = pytest.mark.parametrize("C", [20, 127, 768, 1023])
@@ -122,9 +124,9 @@ def test_the_mask_is_that_of_the_reference(target, triton, dropout_p, C):
 
 
 def test_sums_over_many_programs_are_the_same_bits_every_time(target, triton, monkeypatch):
-    """The order in which blocks run must not show: 75 programs, in two tiles of the sums."""
+    """The order in which blocks run must not show: 37 programs, in three groups."""
     monkeypatch.setattr("fastformer.kernels.layer_norm._TILES_PER_PROGRAM", 1)
-    rows, C = 599, 127
+    rows, C = 37, 1023
     x = torch.randn(rows, C).to(target.device)
     grad_out = torch.randn(rows, C).to(target.device)
     weight = affine(C, False, target.device)["weight"]
@@ -135,10 +137,56 @@ def test_sums_over_many_programs_are_the_same_bits_every_time(target, triton, mo
         leaves = [t.clone().requires_grad_() for t in (x, weight)]
         with triton(seed=seed, checks=True):
             layer_norm(*leaves).backward(grad_out)
+            assert not _tickets(x).any()  # as the next launch needs them
         runs.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     for found, leaf in zip(runs[0], exact, strict=True):
         assert (found - leaf.grad).norm() < 1e-6 * leaf.grad.norm()
+
+
+@pytest.mark.planted_bug
+@pytest.mark.parametrize("order", ["relaxed", "release", "acquire"])
+def test_sums_are_read_in_order_only(target, triton, monkeypatch, order):
+    """The last of four programs must see what the others have stored."""
+    if target.arch is None:
+        pytest.skip("plants a bug in PTX")
+    monkeypatch.setattr("fastformer.kernels.layer_norm._TILES_PER_PROGRAM", 1)
+    x = torch.randn(4, 1024, requires_grad=True)
+    weight = affine(1024, False, target.device)["weight"]
+
+    def edit(name: str, ptx: str) -> str:
+        assert (name == NAMES[1]) == (".acq_rel." in ptx)
+        return ptx.replace(".acq_rel.", f".{order}.")
+
+    with triton(checks=True, edit=edit), pytest.raises(PtxError, match=r"^race: (read|write) of "):
+        layer_norm(x, weight).sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_graphs_of_one_stream_can_run_at_the_same_time():
+    """Each launch of a graph has its own counters, whatever stream it was captured on."""
+    leaves = [torch.randn(4096, 768, device="cuda", requires_grad=True) for _ in range(2)]
+    weight = torch.ones(768, device="cuda", requires_grad=True)
+    grad = torch.randn(4096, 768, device="cuda")
+
+    def backward(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer_norm(x, weight), (x, weight), grad)
+
+    with fastformer.backend("triton"):
+        expected = [backward(x) for x in leaves]
+        found, graphs = [], [torch.cuda.CUDAGraph() for _ in leaves]
+        for x, graph in zip(leaves, graphs, strict=True):
+            with torch.cuda.graph(graph):
+                found.append(backward(x))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("used", ["normed", "total"])
