@@ -1,8 +1,9 @@
 // The plain C interface between bindings.cpp and the CUDA kernels. No torch header on this side, so
 // a .cu file compiles in seconds and its object is the same for every torch.
 //
-// A launcher enqueues on `stream`, allocates nothing, never synchronises, and returns a cudaError_t
-// (0 is success) that fastformer_cuda_error puts in words.
+// A launcher enqueues on `stream`, allocates nothing (but for layer_norm_bwd, once for a stream,
+// its counters), never synchronises, and returns a cudaError_t (0 is success) that
+// fastformer_cuda_error puts in words.
 #pragma once
 #include <cstdint>
 
@@ -40,7 +41,7 @@ struct fastformer_layer_norm_bwd_args {
   const float *weight, *mean, *rstd;
   void *grad_x; // null without addition
   void *grad_rows, *grad_weight, *grad_bias;
-  float *sums; // scratch: at least min(N, fastformer_layer_norm_max_sums()) * 2 * C
+  float *sums; // fastformer_layer_norm_scratch(N, C) of them
   const int64_t *rng;
   int64_t N, C, site;
   float scale;
@@ -51,7 +52,7 @@ struct fastformer_layer_norm_bwd_args {
 // Whether there are kernels for these types (fastformer_dtype).
 int fastformer_layer_norm_takes(int x, int residual, int normed);
 int64_t fastformer_layer_norm_max_cols();
-int64_t fastformer_layer_norm_max_sums();
+int64_t fastformer_layer_norm_scratch(int64_t N, int64_t C);
 int fastformer_layer_norm_fwd(const fastformer_layer_norm_fwd_args *args, fastformer_stream stream);
 int fastformer_layer_norm_bwd(const fastformer_layer_norm_bwd_args *args, fastformer_stream stream);
 

@@ -16,6 +16,8 @@ constexpr int64_t kLayerNormMaxCols =
 // Blocks of a backward pass, each with its sums of weight and bias: a few for each multiprocessor
 // of a large GPU. Not asked of the GPU, so that the sums are the same on all.
 constexpr int64_t kLayerNormMaxSums = 256;
+constexpr int kLayerNormGroup = 16; // blocks whose sums one of them adds up
+constexpr int64_t kLayerNormTickets = 1 + kLayerNormMaxSums / kLayerNormGroup;
 
 enum LayerNormMode : int {
   kLayerNormWarp = 0,   // a warp per row, accesses of 16 bytes
@@ -27,6 +29,11 @@ struct LayerNormLaunch {
   int mode, threads;
   int64_t blocks;
 };
+
+// Rows of sums that are enough for the blocks of a backward pass: one, if only to store zeros.
+inline int64_t layer_norm_sums(int64_t N) {
+  return N < 1 ? 1 : N < kLayerNormMaxSums ? N : kLayerNormMaxSums;
+}
 
 // `address_bits` are those of the addresses of all matrices and vectors, or-ed together;
 // `has_16_bit` says that one of them has elements of two bytes. C is at most kLayerNormMaxCols.
@@ -41,8 +48,8 @@ inline LayerNormLaunch layer_norm_launch(int64_t N, int64_t C, bool has_16_bit,
   launch.threads =
       static_cast<int>(warp ? 32 * rows : ((C + columns - 1) / columns + 31) / 32 * 32);
   launch.blocks = (N + rows - 1) / rows;
-  if (backward && launch.blocks > kLayerNormMaxSums)
-    launch.blocks = kLayerNormMaxSums;
+  if (backward)
+    launch.blocks = layer_norm_sums(launch.blocks);
   return launch;
 }
 

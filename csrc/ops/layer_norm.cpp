@@ -252,9 +252,8 @@ std::tuple<Tensor, Tensor, Tensor> differentiate_cuda(const char *op,
   Tensor grad_rows = like(rows, rows.sizes(), rows.scalar_type());
   Tensor grad_weight = like(weight, weight.sizes(), weight.scalar_type());
   Tensor grad_bias = like(weight, weight.sizes(), weight.scalar_type());
-  const int64_t blocks = std::min(shape.N, fastformer_layer_norm_max_sums());
-  Tensor sums =
-      torch::stable::empty({blocks, 2, shape.C}, ScalarType::Float, std::nullopt, rows.device());
+  Tensor sums = torch::stable::empty({fastformer_layer_norm_scratch(shape.N, shape.C)},
+                                     ScalarType::Float, std::nullopt, rows.device());
   a.grad_normed = grads.const_data_ptr();
   a.rows = saved.const_data_ptr();
   a.weight = floats(weights);

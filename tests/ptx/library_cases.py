@@ -166,8 +166,7 @@ def _cuda_layer_norm(arch: str) -> list[Case]:
                     inputs=f"{dtype}, a {per_row} per row",
                 )
             )
-    sums, inputs = "layer_norm_sums_kernel<float>", "float32"
-    return [*cases, cuda_case("layer_norm_sums", arch, LAYER_NORM_CU, sums, 256, inputs=inputs)]
+    return cases
 
 
 def _cuda_attention_decode(arch: str) -> list[Case]:

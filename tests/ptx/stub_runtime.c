@@ -2,6 +2,8 @@
 // hook that launchers.py sets. Kernels are known by the names under which nvcc's code registers
 // them when the library is loaded.
 #include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
 typedef struct {
   unsigned x, y, z;
 } dim3;
@@ -57,3 +59,21 @@ int __cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **argum
   return cudaLaunchKernel(function, grid, block, arguments, shared, stream);
 }
 int cudaGetLastError(void) { return SUCCESS; }
+int stub_is_capturing, stub_device;
+int cudaStreamIsCapturing(void *stream, int *status) {
+  *status = stub_is_capturing;
+  return SUCCESS;
+}
+int cudaGetDevice(int *device) {
+  *device = stub_device;
+  return SUCCESS;
+}
+int cudaMalloc(void **memory, size_t bytes) {
+  *memory = malloc(bytes);
+  memset(*memory, 0xFF, bytes); // whatever was there
+  return SUCCESS;
+}
+int cudaMemsetAsync(void *memory, int value, size_t bytes, void *stream) {
+  memset(memory, value, bytes);
+  return SUCCESS;
+}

@@ -17,6 +17,7 @@ from fastformer.ops import dropout_mask
 from fastformer.ops.layer_norm import _refuse_cuda
 from tests.ptx import nvcc
 from tests.ptx.cases import cuda_kernels
+from tests.ptx.emulator import PtxError
 from tests.ptx.library_cases import LAYER_NORM_CU
 from tests.ptx.nvcc import Shifted
 
@@ -58,19 +59,19 @@ class Runner:
             shift,
         )
         self.modes: list[int] = []
+        self.seed = 1
 
     def rows(self, t: Tensor) -> Any:
         flat = np.concatenate([np.zeros(self.shift, array(t).dtype), array(t).reshape(-1)])
         return Shifted(flat, self.shift) if self.shift else flat
 
-    def launch(self, what: str, types: tuple[torch.dtype, ...], N: int, C: int, arguments) -> int:
+    def launch(self, what: str, types: tuple[torch.dtype, ...], N: int, C: int, arguments) -> None:
         bits = self.shift * types[1].itemsize
         low = any(dtype != F32 for dtype in types)
         mode, threads, blocks = self.configure(N, C, low, bits, what == "bwd")
         self.modes.append(mode)
         name = f"layer_norm_{what}_kernel<{', '.join(NAMES[d] for d in types)}, {mode}>"
-        self.kernels.launch(name, blocks, threads, arguments, seed=1)
-        return blocks
+        self.kernels.launch(name, blocks, threads, arguments, seed=self.seed)
 
     @staticmethod
     def dropout(p: float) -> tuple[Any, int, int, float]:
@@ -105,7 +106,9 @@ class Runner:
         N, C = rows.shape
         types = (x_dtype or rows.dtype, rows.dtype, grad.dtype)
         grad_x, grad_rows = poison(types[0], N, C), poison(rows.dtype, N, C)
-        sums = poison(F32, min(N, 256), 2, C)
+        grad_weight, grad_bias = poison(weight.dtype, C), poison(weight.dtype, C)
+        sums = poison(F32, max(1, min(N, 256)), 2, C)
+        tickets = np.zeros(17, np.int32)
         rng, site, threshold, scale = self.dropout(p)
         arguments = [
             array(grad),
@@ -116,14 +119,14 @@ class Runner:
             array(rstd),
             grad_x if x_dtype else 0,
             grad_rows,
+            grad_weight,
+            grad_bias,
             sums,
-            *(rng, N, C, site, threshold, scale),
+            tickets,
+            *(rng, N, C, site, threshold, scale, list(NAMES).index(weight.dtype)),
         ]
-        blocks = self.launch("bwd", types, N, C, arguments)
-        grad_weight, grad_bias = poison(weight.dtype, C), poison(weight.dtype, C)
-        name = f"layer_norm_sums_kernel<{NAMES[weight.dtype]}>"
-        arguments = [sums, grad_weight, grad_bias, blocks, C]
-        self.kernels.launch(name, -(-2 * C // 32), 256, arguments, seed=1)
+        self.launch("bwd", types, N, C, arguments)
+        assert not tickets.any()  # as the next launch needs them
         affine = tensor(grad_weight, weight.dtype), tensor(grad_bias, weight.dtype)
         return tensor(grad_x, types[0]), tensor(grad_rows, rows.dtype), *affine
 
@@ -262,11 +265,37 @@ def test_weights_of_lower_precision(configure, arch, affine):
 
 
 def test_no_rows_give_zeros(configure):
-    weight_grad, bias_grad = poison(F32, 20), poison(F32, 20)
-    kernels = cuda_kernels(LAYER_NORM_CU, "90a")
-    arguments = [np.zeros(1, np.float32), weight_grad, bias_grad, 0, 20]
-    kernels.launch("layer_norm_sums_kernel<float>", 2, 256, arguments)
-    assert not weight_grad.any() and not bias_grad.any()
+    rows, stats = torch.empty(0, 20), torch.empty(0)
+    runner = Runner("90a", configure)
+    *_, grad_weight, grad_bias = runner.backward(
+        rows, None, rows, torch.ones(20), stats, stats, None
+    )
+    assert not grad_weight.any() and not grad_bias.any()
+
+
+@ARCHS
+def test_the_order_of_blocks_does_not_show(configure, arch):
+    """70 blocks, in five groups."""
+    grad, rows, weight = torch.randn(70, 33), torch.randn(70, 33), torch.randn(33)
+    stats = rows.mean(1), rows.var(1).rsqrt()
+    runs = []
+    for seed in (1, 2):
+        runner = Runner(arch, configure)
+        runner.seed = seed
+        runs.append(runner.backward(grad, None, rows, weight, *stats, None)[2:])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.planted_bug
+def test_sums_are_read_behind_fences_only(configure):
+    grad, rows, weight = torch.randn(4, 33), torch.randn(4, 33), torch.randn(33)
+    stats = rows.mean(1), rows.var(1).rsqrt()
+    runner = Runner("80", configure)
+    ptx = runner.kernels.ptx
+    assert "membar.gl;" in ptx
+    runner.kernels = runner.kernels.with_ptx(ptx.replace("membar.gl;", ""))
+    with pytest.raises(PtxError, match=r"^race: read of "):
+        runner.backward(grad, None, rows, weight, *stats, None)
 
 
 @ARCHS
