@@ -10,7 +10,6 @@ import importlib
 import warnings
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
@@ -47,8 +46,7 @@ def _long(q: Tensor, k: Tensor, v: Tensor, scale: float, rng: Tensor | None) -> 
     """The module whose `forward` runs sequences that are not short."""
     if q.shape[1] <= attention_decode.MAX_T:
         return attention_decode
-    with torch.cuda.device_of(q):
-        kernels = _hopper() if attention_blocks.is_hopper() else None
+    kernels = _hopper() if attention_blocks.is_hopper(q) else None
     if kernels is None or kernels.refuse(q, k, v, scale, rng) is not None:
         return attention_long
     return kernels
@@ -74,14 +72,14 @@ def attention_fwd(
 def attention_bwd(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grads = q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
     kernels = _kernels(q.shape[1], k.shape[1], *q.shape[2:])
     kernels.backward(grad_out, q, k, v, *saved, *grads)
     return grads
 
 
 def attention_qkvpacked_bwd(grad_out: Tensor, qkv: Tensor, *saved: Any) -> Tensor:
-    grad = qkv.new_empty(qkv.shape)
+    grad = qkv.new_empty(*qkv.shape)
     _, T, _, H, D = qkv.shape
     _kernels(T, T, H, D).backward(grad_out, *qkv.unbind(2), *saved, *grad.unbind(2))
     return grad

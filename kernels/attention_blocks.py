@@ -8,11 +8,14 @@ the sizes, and copies 16 bytes at a time.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastformer.kernels.launch import architecture
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -114,32 +117,36 @@ def refuse(*args: Any) -> str | None:
     return None
 
 
-def is_hopper() -> bool:
-    """Whether the current device is sm_90, or what is compiled is for one."""
-    return triton.runtime.driver.active.get_current_target().arch == 90
+def is_hopper(t: Tensor) -> bool:
+    """Whether the GPU that has `t` is sm_90, or what is compiled is for one."""
+    return architecture(t) == 90
+
+
+@lru_cache(maxsize=1024)
+def _is_aligned(shape: tuple[int, ...], stride: tuple[int, ...], max_stride: int) -> bool:
+    # A dimension of one element has no stride that counts.
+    counted = [s for s, size in zip(stride, shape[:-1], strict=False) if size > 1]
+    return stride[-1] == 1 and stride[-3] < max_stride and all(s % UNIT == 0 for s in counted)
 
 
 def aligned(t: Tensor, max_stride: int = _MAX_STRIDE) -> Tensor:
     """`t` as it is where the kernels can read it, else a copy; `max_stride` is that of tokens."""
-    *strides, token, head, last = t.stride()
-    if last == 1 and token < max_stride:
-        if not (token | head | sum(strides)) % UNIT:
-            return t
-        # A dimension of one element has no stride that counts.
-        counted = [s for s, size in zip(t.stride(), t.shape[:-1], strict=False) if size > 1]
-        if all(s % UNIT == 0 for s in counted):
-            return t
-    return t.contiguous()
+    return t if _is_aligned(t.shape, t.stride(), max_stride) else t.contiguous()
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+@lru_cache(maxsize=1024)
+def _in_units(stride: tuple[int, ...]) -> tuple[int, int, int]:
+    *first, token, head, _ = stride
+    return (first[0] // UNIT if first else 0), token // UNIT, head // UNIT
+
+
 def strides(t: Tensor) -> tuple[int, int, int]:
     """Of sequences, tokens and heads; packed tokens have no sequences."""
-    *first, token, head, _ = t.stride()
-    return (first[0] // UNIT if first else 0), token // UNIT, head // UNIT
+    return _in_units(t.stride())
 
 
 def head_block(D: int) -> int:

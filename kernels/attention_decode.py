@@ -9,6 +9,8 @@ B sequences, T query tokens, S key tokens, H heads, D head dim.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from torch import Tensor
 from fastformer.kernels.attention_blocks import LN_2, LOG2_E, head_block
 from fastformer.kernels.attention_long import launch_forward
 from fastformer.kernels.dropout import launch_arguments
+from fastformer.kernels.launch import CachedLaunch, cdiv
 
 MAX_T = 16  # queries that a program takes, the rows of a product on tensor cores
 _PROGRAMS = 256  # enough to read at the speed of memory
@@ -24,6 +27,7 @@ _LEAST_CHUNK = 128  # keys that are worth a program
 _MAX_CHUNKS = 64
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=["T", "H", "rows", "chunks"])
 def _attention_decode_combine_kernel(
     partial_out_ptr,
@@ -62,10 +66,11 @@ def _attention_decode_combine_kernel(
 
 def _chunk(programs: int, S: int, block_n: int) -> int:
     """Keys of a chunk, from the sizes alone, so that every GPU adds in the same order."""
-    chunks = min(_MAX_CHUNKS, triton.cdiv(_PROGRAMS, max(1, programs)), S // _LEAST_CHUNK)
-    return triton.cdiv(triton.cdiv(S, max(1, chunks)), block_n) * block_n
+    chunks = min(_MAX_CHUNKS, cdiv(_PROGRAMS, max(1, programs)), S // _LEAST_CHUNK)
+    return cdiv(cdiv(S, max(1, chunks)), block_n) * block_n
 
 
+@lru_cache(maxsize=64)
 def _launch_options(D: int, size: int) -> dict[str, int]:
     shared = {"D": D, "BLOCK_D": head_block(D), "BLOCK_M": MAX_T, "num_warps": 4}
     return shared | {"BLOCK_N": 64 if size == 2 else 32, "num_stages": 3}
@@ -86,12 +91,12 @@ def forward(
     B, T, H, D = q.shape
     S = k.shape[1]
     options = _launch_options(D, q.element_size())
-    chunk = max(1, _chunk(B * H * triton.cdiv(T, MAX_T), S, options["BLOCK_N"]))
-    chunks = max(1, triton.cdiv(S, chunk))
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((B, H, T), dtype=torch.float32)
-    partial_out = q.new_empty((chunks, *q.shape), dtype=torch.float32) if chunks > 1 else out
-    partial_lse = q.new_empty((chunks, B, H, T), dtype=torch.float32) if chunks > 1 else lse
+    chunk = max(1, _chunk(B * H * cdiv(T, MAX_T), S, options["BLOCK_N"]))
+    chunks = max(1, cdiv(S, chunk))
+    out = q.new_empty(*q.shape)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    partial_out = q.new_empty(chunks, *q.shape, dtype=torch.float32) if chunks > 1 else out
+    partial_lse = q.new_empty(chunks, B, H, T, dtype=torch.float32) if chunks > 1 else lse
     launch_forward(
         q,
         k,
@@ -109,19 +114,18 @@ def forward(
         options=options,
     )
     if chunks > 1:
-        with torch.cuda.device_of(q):
-            _attention_decode_combine_kernel[(B * T * H,)](
-                partial_out,
-                partial_lse,
-                out,
-                lse,
-                T,
-                H,
-                B * T * H,
-                chunks,
-                D=D,
-                BLOCK_D=options["BLOCK_D"],
-                BLOCK_C=triton.next_power_of_2(chunks),
-                num_warps=4,
-            )
+        _attention_decode_combine_kernel[(B * T * H,)](
+            partial_out,
+            partial_lse,
+            out,
+            lse,
+            T,
+            H,
+            B * T * H,
+            chunks,
+            D=D,
+            BLOCK_D=options["BLOCK_D"],
+            BLOCK_C=triton.next_power_of_2(chunks),
+            num_warps=4,
+        )
     return out, lse

@@ -10,6 +10,8 @@ B sequences, T query tokens, S key tokens, H heads, D head dim, N query tokens o
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -33,8 +35,10 @@ from fastformer.kernels.attention_blocks import (
     strides,
 )
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
+from fastformer.kernels.launch import CachedLaunch, cdiv
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=VARYING)
 def _attention_long_fwd_kernel(
     q_ptr,
@@ -147,6 +151,7 @@ def _attention_long_fwd_kernel(
     store_rows(out_ptr, out, start_m, T, H * (D // 8), D, BLOCK_M, BLOCK_D)
 
 
+@lru_cache(maxsize=64)
 def launch_options(D: int, size: int, dropout: bool) -> dict[str, int]:
     """Tiles whose registers do not spill; `size` is that of an element, in bytes."""
     small = D <= 64
@@ -180,32 +185,30 @@ def launch_forward(
     H, D = q.shape[-2:]
     N = q.numel() // (H * D) if H else 0
     q, k, v = aligned(q), aligned(k), aligned(v)
-    grid = (B * H * triton.cdiv(T, options["BLOCK_M"]), max(1, triton.cdiv(S, chunk)))
-    with torch.cuda.device_of(q):
-        _attention_long_fwd_kernel[grid](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *map(contiguous, cu_seqlens),
-            contiguous(key_lengths),
-            contiguous(rng),
-            *strides(q),
-            *strides(k),
-            *strides(v),
-            scale * LOG2_E.value,
-            *dropout,
-            T,
-            S,
-            H,
-            N,
-            chunk,
-            CAUSAL=causal,
-            # Of two pipelines in a row Hopper's ptxas runs the wgmma of both one by one.
-            CUT_STAGES=1 if is_hopper() else None,
-            **options,
-        )
+    _attention_long_fwd_kernel[(B * H * cdiv(T, options["BLOCK_M"]), max(1, cdiv(S, chunk)))](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *map(contiguous, cu_seqlens),
+        contiguous(key_lengths),
+        contiguous(rng),
+        *strides(q),
+        *strides(k),
+        *strides(v),
+        scale * LOG2_E.value,
+        *dropout,
+        T,
+        S,
+        H,
+        N,
+        chunk,
+        CAUSAL=causal,
+        # Of two pipelines in a row Hopper's ptxas runs the wgmma of both one by one.
+        CUT_STAGES=1 if is_hopper(q) else None,
+        **options,
+    )
 
 
 def forward(
@@ -222,8 +225,8 @@ def forward(
     """out (B, T, H, D) and lse (B, H, T) of `ops.reference.attention_fwd`."""
     B, T, H, D = q.shape
     S = k.shape[1]
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    out = q.new_empty(*q.shape)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
     launch_forward(
         q,
         k,

@@ -11,6 +11,8 @@ B sequences, T query tokens, S key tokens, H heads, D head dim, N query tokens o
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +33,7 @@ from fastformer.kernels.attention_blocks import (
     strides,
 )
 from fastformer.kernels.dropout import dropout_state, keep_mask
+from fastformer.kernels.launch import CachedLaunch, cdiv
 
 
 @triton.jit
@@ -40,6 +43,7 @@ def _padded(b, h, first_q, padded, PAD: tl.constexpr):
     return h.to(tl.int64) * padded + (first_q + b * PAD) // PAD * PAD
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=VARYING)
 def _attention_long_bwd_q_kernel(
     grad_out_ptr,
@@ -151,6 +155,7 @@ def _attention_long_bwd_q_kernel(
     store_rows(grad_q_ptr, grad_q * scale, start_m, T, stride_grad_qt, D, BLOCK_M, BLOCK_D)
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=VARYING)
 def _attention_long_bwd_kv_kernel(
     grad_out_ptr,
@@ -269,6 +274,7 @@ def _attention_long_bwd_kv_kernel(
     store_rows(grad_v_ptr, grad_v, start_n, S, stride_grad_vt, D, BLOCK_N, BLOCK_D)
 
 
+@lru_cache(maxsize=64)
 def launch_options(D: int, size: int, dropout: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Tiles of the kernels for grad_q and for grad_k and grad_v whose registers do not spill, but
     those of float32 at D > 64; `size` is that of an element, in bytes."""
@@ -313,44 +319,43 @@ def launch_backward(
     of_q, of_kv = launch_options(D, q.element_size(), rng is not None)
     N, pad = q.numel() // (H * D) if H else 0, of_q["BLOCK_M"]
     padded = (N // pad + B) * pad
-    lse_log2, delta = q.new_empty((2, H, padded), dtype=torch.float32)
+    lse_log2, delta = q.new_empty(2, H, padded, dtype=torch.float32)
     grad_out = grad_out.contiguous()
-    with torch.cuda.device_of(q):
-        _attention_long_bwd_q_kernel[(B * H * triton.cdiv(T, of_q["BLOCK_M"]),)](
-            grad_out,
-            q,
-            k,
-            v,
-            out.contiguous(),
-            lse.contiguous(),
-            lse_log2,
-            delta,
-            grad_q,
-            *index,
-            *inputs,
-            *strides(grad_q),
-            *numbers,
-            N,
-            padded,
-            CAUSAL=causal,
-            **of_q,
-        )
-        _attention_long_bwd_kv_kernel[(B * H * triton.cdiv(S, of_kv["BLOCK_N"]),)](
-            grad_out,
-            q,
-            k,
-            v,
-            lse_log2,
-            delta,
-            grad_k,
-            grad_v,
-            *index,
-            *inputs,
-            *strides(grad_k),
-            *strides(grad_v),
-            *numbers,
-            padded,
-            CAUSAL=causal,
-            PAD=pad,
-            **of_kv,
-        )
+    _attention_long_bwd_q_kernel[(B * H * cdiv(T, of_q["BLOCK_M"]),)](
+        grad_out,
+        q,
+        k,
+        v,
+        out.contiguous(),
+        lse.contiguous(),
+        lse_log2,
+        delta,
+        grad_q,
+        *index,
+        *inputs,
+        *strides(grad_q),
+        *numbers,
+        N,
+        padded,
+        CAUSAL=causal,
+        **of_q,
+    )
+    _attention_long_bwd_kv_kernel[(B * H * cdiv(S, of_kv["BLOCK_N"]),)](
+        grad_out,
+        q,
+        k,
+        v,
+        lse_log2,
+        delta,
+        grad_k,
+        grad_v,
+        *index,
+        *inputs,
+        *strides(grad_k),
+        *strides(grad_v),
+        *numbers,
+        padded,
+        CAUSAL=causal,
+        PAD=pad,
+        **of_kv,
+    )

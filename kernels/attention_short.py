@@ -11,14 +11,13 @@ B batch, T query tokens, S key tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-import functools
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
 from fastformer.kernels.attention_blocks import (
     LN_2,
@@ -26,9 +25,11 @@ from fastformer.kernels.attention_blocks import (
     aligned,
     contiguous,
     head_block,
+    is_hopper,
     strides,
 )
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
+from fastformer.kernels.launch import CachedLaunch, cdiv
 
 _MAX_STRIDE = 2**22  # of tokens: 512 of them have offsets of 32 bits inside a head
 
@@ -39,6 +40,7 @@ _VARYING = ["site", "threshold", "T", "S", "H"] + [
 ]
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=_VARYING)
 def _attention_short_fwd_kernel(
     q_ptr,
@@ -124,6 +126,7 @@ def _attention_short_fwd_kernel(
     tl.store(out_ptr + rows * (H * D) + offs_d, out.to(q.dtype), mask=mask_m)
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=_VARYING)
 def _attention_short_bwd_kernel(
     grad_out_ptr,
@@ -280,9 +283,9 @@ def _bwd_tile(
     return 256 if is_hopper and D <= 64 else 128, block_n, 8, 2
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def _options(
-    device: int | None,
+    is_hopper: bool | None,
     dtype: torch.dtype,
     T: int,
     S: int,
@@ -291,12 +294,11 @@ def _options(
     has_lengths: bool,
     has_dropout: bool,
 ) -> dict[str, Any]:
-    """What a kernel is compiled with, kept for later launches: backward on the current device,
-    `device`, or forward, which is the same on any."""
-    if device is None:
+    """What a kernel is compiled with, kept for later launches: backward, on Hopper or not, or
+    forward, which is the same on all GPUs."""
+    if is_hopper is None:
         tile = _fwd_tile(dtype, T, D, has_dropout)
     else:
-        is_hopper = driver.active.get_current_target().arch // 10 == 9
         tile = _bwd_tile(is_hopper, dtype, T, D, has_dropout)
     block_m, block_n, num_warps, num_stages = tile
     return {
@@ -316,7 +318,7 @@ def _options(
 
 def _all_aligned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Also, k and v have one set of strides."""
-    q, k, v = (aligned(t, _MAX_STRIDE) for t in (q, k, v))
+    q, k, v = aligned(q, _MAX_STRIDE), aligned(k, _MAX_STRIDE), aligned(v, _MAX_STRIDE)
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
     return q, k, v
@@ -336,28 +338,27 @@ def forward(
     """out (B, T, H, D) and lse (B, H, T), as `ops/reference.py` has them."""
     (B, T, H, D), S = q.shape, k.shape[1]
     q, k, v = _all_aligned(q, k, v)
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    out = q.new_empty(*q.shape)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
     given = key_lengths is not None, rng is not None
     options = _options(None, q.dtype, T, S, D, causal, *given)
-    with torch.cuda.device_of(q):
-        _attention_short_fwd_kernel[(B * H * triton.cdiv(T, options["BLOCK_M"]),)](
-            q,
-            k,
-            v,
-            contiguous(key_lengths),
-            contiguous(rng),
-            out,
-            lse,
-            *strides(q),
-            *strides(k),
-            scale,
-            *launch_arguments(dropout_p, rng, site),
-            T,
-            S,
-            H,
-            **options,
-        )
+    _attention_short_fwd_kernel[(B * H * cdiv(T, options["BLOCK_M"]),)](
+        q,
+        k,
+        v,
+        contiguous(key_lengths),
+        contiguous(rng),
+        out,
+        lse,
+        *strides(q),
+        *strides(k),
+        scale,
+        *launch_arguments(dropout_p, rng, site),
+        T,
+        S,
+        H,
+        **options,
+    )
     return out, lse
 
 
@@ -382,33 +383,31 @@ def backward(
     (B, T, H, D), S = q.shape, k.shape[1]
     q, k, v = _all_aligned(q, k, v)
     given = key_lengths is not None, rng is not None
-    with torch.cuda.device_of(q):
-        device = driver.active.get_current_device()
-        options = _options(device, q.dtype, T, S, D, causal, *given)
-        sums = None
-        if options["BLOCK_M"] < T:
-            sums = q.new_empty((B, H, S, 2, D), dtype=torch.float32)
-        _attention_short_bwd_kernel[(B * H,)](
-            grad_out.contiguous(),
-            q,
-            k,
-            v,
-            out.contiguous(),
-            lse.contiguous(),
-            contiguous(key_lengths),
-            contiguous(rng),
-            grad_q,
-            grad_k,
-            grad_v,
-            sums,
-            *strides(q),
-            *strides(k),
-            *strides(grad_q),
-            *strides(grad_k),
-            scale,
-            *launch_arguments(dropout_p, rng, site),
-            T,
-            S,
-            H,
-            **options,
-        )
+    options = _options(is_hopper(q), q.dtype, T, S, D, causal, *given)
+    sums = None
+    if options["BLOCK_M"] < T:
+        sums = q.new_empty(B, H, S, 2, D, dtype=torch.float32)
+    _attention_short_bwd_kernel[(B * H,)](
+        grad_out.contiguous(),
+        q,
+        k,
+        v,
+        out.contiguous(),
+        lse.contiguous(),
+        contiguous(key_lengths),
+        contiguous(rng),
+        grad_q,
+        grad_k,
+        grad_v,
+        sums,
+        *strides(q),
+        *strides(k),
+        *strides(grad_q),
+        *strides(grad_k),
+        scale,
+        *launch_arguments(dropout_p, rng, site),
+        T,
+        S,
+        H,
+        **options,
+    )

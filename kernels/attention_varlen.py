@@ -36,8 +36,8 @@ def attention_varlen_fwd(
     site: int,
 ) -> tuple[Tensor, Tensor]:
     N, H, D = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((H, N), dtype=torch.float32)
+    out = q.new_empty(*q.shape)
+    lse = q.new_empty(H, N, dtype=torch.float32)
     launch_forward(
         q,
         k,
@@ -105,7 +105,7 @@ def attention_varlen_bwd(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     cu_seqlens, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grads = q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
     _backward(grad_out, q, k, v, out, lse, cu_seqlens, longest, grads, *settings)
     return grads
 
@@ -121,7 +121,7 @@ def attention_varlen_qkvpacked_bwd(
 ) -> Tensor:
     q, k, v = qkv.unbind(1)
     lengths = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
-    grad = qkv.new_empty(qkv.shape)
+    grad = qkv.new_empty(*qkv.shape)
     grad_q, grad_k, grad_v = grad.unbind(1)
     grads = grad_q, grad_k, grad_v
     _backward(grad_out, q, k, v, out, lse, *lengths, grads, *settings)

@@ -5,12 +5,15 @@ N rows, C columns.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastformer._dropout import dropout_scale, dropout_threshold
+from fastformer.kernels.launch import CachedLaunch, cdiv
 
 _BLOCK_C = 256
 _TILE = 4096  # elements that a program draws
@@ -44,13 +47,17 @@ def keep_mask(seed, stream, rows, threshold, first_col, COLS: tl.constexpr):
     return tl.interleave(words & 0xFFFF, words >> 16) >= threshold
 
 
+@lru_cache(maxsize=64)
+def _rate(dropout_p: float) -> tuple[int, float]:
+    return dropout_threshold(dropout_p), dropout_scale(dropout_p)
+
+
 def launch_arguments(dropout_p: float, rng: Tensor | None, site: int) -> tuple[int, int, float]:
     """What a kernel takes beside `rng`: the site, the threshold and the scale of what is kept."""
-    if rng is None:
-        return 0, 0, 1.0
-    return site, dropout_threshold(dropout_p), dropout_scale(dropout_p)
+    return (0, 0, 1.0) if rng is None else (site, *_rate(dropout_p))
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=["site", "threshold", "N"])
 def _dropout_mask_kernel(
     rng_ptr,
@@ -78,16 +85,14 @@ def dropout_mask(rows: int, cols: int, p: float, rng: Tensor, site: int) -> Tens
     keep = torch.empty((rows, cols), dtype=torch.bool, device=rng.device)
     block_c = min(_BLOCK_C, max(16, triton.next_power_of_2(cols)))
     block_m = _TILE // block_c
-    grid = (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_c),)
-    with torch.cuda.device_of(rng):
-        _dropout_mask_kernel[grid](
-            rng.contiguous(),
-            keep.view(torch.uint8),
-            site,
-            dropout_threshold(p),
-            rows,
-            cols,
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-        )
+    _dropout_mask_kernel[(cdiv(rows, block_m) * cdiv(cols, block_c),)](
+        rng.contiguous(),
+        keep.view(torch.uint8),
+        site,
+        dropout_threshold(p),
+        rows,
+        cols,
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+    )
     return keep

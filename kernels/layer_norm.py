@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
+from fastformer.kernels.launch import CachedLaunch, cdiv
 
 MAX_C = 8192  # what the registers of sixteen warps hold in backward
 _TILE = 1024  # elements of narrow rows that a program takes at a time
@@ -38,6 +39,7 @@ _TICKETS = 1 + _MAX_PROGRAMS // _GROUP.value
 
 
 # What is not specialised would compile a kernel anew for another batch size or dropout site.
+@CachedLaunch
 @triton.jit(do_not_specialize=["site", "threshold", "N"])
 def _layer_norm_fwd_kernel(
     x_ptr,
@@ -109,6 +111,7 @@ def _add_rows(sums_ptr, first, end, step: tl.constexpr, C, offs_c, mask_c):
     return weight_sum, bias_sum
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=["site", "threshold", "N", "programs"])
 def _layer_norm_bwd_kernel(
     grad_out_ptr,
@@ -242,23 +245,22 @@ def _forward(
     mean = x.new_empty(N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     options = _launch_options(C)
-    with torch.cuda.device_of(x):
-        _layer_norm_fwd_kernel[(triton.cdiv(N, options["BLOCK_M"]),)](
-            x.contiguous(),
-            _contiguous(residual),
-            weight.contiguous(),
-            _contiguous(bias),
-            _contiguous(rng),
-            out,
-            new_residual,
-            mean,
-            rstd,
-            eps,
-            *launch_arguments(dropout_p, rng, site),
-            N,
-            C,
-            **options,
-        )
+    _layer_norm_fwd_kernel[(cdiv(N, options["BLOCK_M"]),)](
+        x.contiguous(),
+        _contiguous(residual),
+        weight.contiguous(),
+        _contiguous(bias),
+        _contiguous(rng),
+        out,
+        new_residual,
+        mean,
+        rstd,
+        eps,
+        *launch_arguments(dropout_p, rng, site),
+        N,
+        C,
+        **options,
+    )
     return out, new_residual, mean, rstd
 
 
@@ -280,32 +282,31 @@ def _backward(
     N = x.numel() // C
     options = _launch_options(C)
     most = max(_LEAST_PROGRAMS, _MAX_PROGRAMS * _TILE // options["BLOCK_C"])
-    programs = triton.cdiv(N, options["BLOCK_M"] * _TILES_PER_PROGRAM)
+    programs = cdiv(N, options["BLOCK_M"] * _TILES_PER_PROGRAM)
     programs = min(_MAX_PROGRAMS, most, max(1, programs))  # one, if only to store zeros
     sums = x.new_empty(programs, 2, C, dtype=torch.float32)
     grad_weight = weight.new_empty(C)
     grad_bias = torch.empty_like(grad_weight)
-    with torch.cuda.device_of(x):
-        _layer_norm_bwd_kernel[(programs,)](
-            grad_out.contiguous(),
-            _contiguous(grad_new_residual),
-            x.contiguous(),
-            weight.contiguous(),
-            mean.contiguous(),
-            rstd.contiguous(),
-            _contiguous(rng),
-            grad_x,
-            grad_residual,
-            grad_weight,
-            grad_bias,
-            sums,
-            _tickets(x),
-            *launch_arguments(dropout_p, rng, site),
-            N,
-            C,
-            programs,
-            **options,
-        )
+    _layer_norm_bwd_kernel[(programs,)](
+        grad_out.contiguous(),
+        _contiguous(grad_new_residual),
+        x.contiguous(),
+        weight.contiguous(),
+        mean.contiguous(),
+        rstd.contiguous(),
+        _contiguous(rng),
+        grad_x,
+        grad_residual,
+        grad_weight,
+        grad_bias,
+        sums,
+        _tickets(x),
+        *launch_arguments(dropout_p, rng, site),
+        N,
+        C,
+        programs,
+        **options,
+    )
     return grad_weight, grad_bias
 
 

@@ -10,6 +10,7 @@ N rows, C model dim, F hidden dim.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
+from fastformer.kernels.launch import CachedLaunch, cdiv
 from fastformer.kernels.product import columns, has_tma, matrix, operands, product, tile_of
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -65,6 +67,7 @@ def _gelu_and_slope(x, TANH: tl.constexpr):
 
 
 # What is not specialised would compile a kernel anew for another batch size or dropout site.
+@CachedLaunch
 @triton.jit(do_not_specialize=["site", "threshold", "N"])
 def _mlp_fwd_kernel(
     x,
@@ -131,6 +134,7 @@ def _mlp_fwd_kernel(
         tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=["site", "threshold", "N"])
 def _mlp_bwd_kernel(
     grad_out,
@@ -199,6 +203,7 @@ def _mlp_bwd_kernel(
         tl.store(partial_ptr + offs_n, tl.sum(grad, 0), mask=mask_n)
 
 
+@lru_cache(maxsize=64)
 def _launch_options(dtype: torch.dtype, tma: bool) -> dict[str, Any]:
     """Two tiles fit into a multiprocessor: the epilogue of one hides behind the other's product.
 
@@ -226,26 +231,26 @@ def mlp_fwd(
 ) -> tuple[Tensor, Tensor]:
     rows, w1 = matrix(x), matrix(w1)
     (N, C), F = rows.shape, w1.shape[0]
-    pre, hidden = (x.new_empty((N, F)) for _ in range(2))
+    pre = x.new_empty(N, F)
+    hidden = torch.empty_like(pre)
     tma = has_tma(rows, w1)
     options = _launch_options(x.dtype, tma)
-    tiles = triton.cdiv(N, options["BLOCK_M"]) * triton.cdiv(F, options["BLOCK_N"])
-    with torch.cuda.device_of(x):
-        _mlp_fwd_kernel[(tiles,)](
-            *operands(rows, w1, True, tma, options),
-            None if b1 is None else b1.contiguous(),
-            None if rng is None else rng.contiguous(),
-            pre,
-            hidden,
-            *launch_arguments(dropout_p, rng, site),
-            N,
-            C,
-            F,
-            *rows.stride(),
-            *w1.stride(),
-            TANH=tanh,
-            **options,
-        )
+    tiles = cdiv(N, options["BLOCK_M"]) * cdiv(F, options["BLOCK_N"])
+    _mlp_fwd_kernel[(tiles,)](
+        *operands(rows, w1, True, tma, options),
+        None if b1 is None else b1.contiguous(),
+        None if rng is None else rng.contiguous(),
+        pre,
+        hidden,
+        *launch_arguments(dropout_p, rng, site),
+        N,
+        C,
+        F,
+        *rows.stride(),
+        *w1.stride(),
+        TANH=tanh,
+        **options,
+    )
     out = hidden @ w2.t() if b2 is None else torch.addmm(b2, hidden, w2.t())
     # Not view: the result of an op is a tensor of its own, which may be changed in place.
     return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], w2.shape[0])), pre
@@ -264,28 +269,28 @@ def mlp_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, grad, dense_w2 = x.reshape(-1, x.shape[-1]), matrix(grad_out), matrix(w2)
     (N, C), F = grad.shape, w2.shape[1]
-    grad_pre, hidden = (x.new_empty((N, F)) for _ in range(2))
+    grad_pre = x.new_empty(N, F)
+    hidden = torch.empty_like(grad_pre)
     tma = has_tma(grad, dense_w2)
     options = _launch_options(x.dtype, tma)
-    tiles_m = triton.cdiv(N, options["BLOCK_M"])
-    partial = x.new_empty((tiles_m, F), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _mlp_bwd_kernel[(tiles_m * triton.cdiv(F, options["BLOCK_N"]),)](
-            *operands(grad, dense_w2, False, tma, options),
-            pre.contiguous(),
-            None if rng is None else rng.contiguous(),
-            grad_pre,
-            hidden,
-            partial,
-            *launch_arguments(dropout_p, rng, site),
-            N,
-            C,
-            F,
-            *grad.stride(),
-            *dense_w2.stride(),
-            TANH=tanh,
-            **options,
-        )
+    tiles_m = cdiv(N, options["BLOCK_M"])
+    partial = x.new_empty(tiles_m, F, dtype=torch.float32)
+    _mlp_bwd_kernel[(tiles_m * cdiv(F, options["BLOCK_N"]),)](
+        *operands(grad, dense_w2, False, tma, options),
+        pre.contiguous(),
+        None if rng is None else rng.contiguous(),
+        grad_pre,
+        hidden,
+        partial,
+        *launch_arguments(dropout_p, rng, site),
+        N,
+        C,
+        F,
+        *grad.stride(),
+        *dense_w2.stride(),
+        TANH=tanh,
+        **options,
+    )
     return (
         (grad_pre @ w1).view(x.shape),
         grad_pre.t() @ rows,

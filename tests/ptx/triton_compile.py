@@ -8,6 +8,7 @@ and what is to be done with the kernel then is up to whoever replaced it.
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +76,50 @@ class _Driver:
         return type_name
 
 
+_DEVICES = itertools.count(1000)
+
+
+class _LoadingDriver(_Driver):
+    """Also as much as loading a kernel needs; its machine code stands for the loaded kernel."""
+
+    def __init__(self, arch: int, launch: Callable[..., None]) -> None:
+        super().__init__(arch)
+        self.utils = self
+        self.launcher_cls = lambda src, metadata: launch
+        self._device = next(_DEVICES)
+
+    def get_current_device(self) -> int:
+        return self._device  # that of no other: Triton keeps what is loaded on a device
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        return name, binary, 32, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 20}
+
+
+@contextmanager
+def _active(chosen: _Driver) -> Iterator[None]:
+    """Compile for this driver, into a cache of our own."""
+    folder = os.environ.get("TRITON_CACHE_DIR") or str(CACHE / f"triton-{triton.__version__}")
+    before = driver._active
+    try:
+        driver.set_active(chosen)
+        with patch.dict(os.environ, TRITON_CACHE_DIR=folder):
+            yield
+    finally:
+        driver._active = before
+
+
+@contextmanager
+def stub_launcher(arch: int, launch: Callable[..., None]) -> Iterator[None]:
+    """Launches go all the way that they go on a GPU, and end in `launch` instead of Triton's
+    launcher: the grid's three sizes, stream, machine code, metadata of three kinds, two hooks, and
+    the arguments."""
+    with _active(_LoadingDriver(arch, launch)):
+        yield
+
+
 @contextmanager
 def intercepted(
     arch: int, launched: Callable[[Compiled], None], *, every_config: bool = False
@@ -105,15 +150,9 @@ def intercepted(
             call()
         return [1.0, 1.0, 1.0]
 
-    folder = os.environ.get("TRITON_CACHE_DIR") or str(CACHE / f"triton-{triton.__version__}")
-    active = driver._active
-    try:
-        driver.set_active(_Driver(arch))
-        with (
-            patch.dict(os.environ, TRITON_CACHE_DIR=folder),
-            patch.object(JITFunction, "run", run),
-            patch.object(Autotuner, "do_bench", property(lambda tuner: benchmark)),
-        ):
-            yield
-    finally:
-        driver._active = active
+    with (
+        _active(_Driver(arch)),
+        patch.object(JITFunction, "run", run),
+        patch.object(Autotuner, "do_bench", property(lambda tuner: benchmark)),
+    ):
+        yield
