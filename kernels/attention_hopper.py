@@ -16,6 +16,8 @@ B sequences, T query tokens, S key tokens, H heads, D head dim.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 from torch import Tensor
@@ -31,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastformer.kernels.attention_blocks import LN_2, LOG2_E, contiguous, head_block
+from fastformer.kernels.launch import CachedLaunch
 from fastformer.kernels.tile_ring import copy, release, tile, wait
 
 _BLOCK_M = 64  # queries of a warpgroup, the rows of a product on its tensor cores
@@ -230,6 +233,7 @@ def _attend_all(
 
 
 # What is not specialised would compile the kernel anew for another batch or length.
+@CachedLaunch
 @gluon.jit(do_not_specialize=["T", "S", "H", "heads", "group"])
 def _attention_hopper_fwd_kernel(
     q,
@@ -335,16 +339,18 @@ def _multiprocessors(t: Tensor) -> int:
     return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 132
 
 
+@lru_cache(maxsize=16)
+def _layout(*block: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # of a type the width counts
+
+
 def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
     """Of tiles of `rows` tokens of one head; TMA fills what is beyond the tensor with zeros."""
     block = [1, 1, rows, head_block(t.shape[3])]
-    # Of a type only the width counts.
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     B, T, H, D = t.shape
     stride_b, stride_t, stride_h, stride_d = _strides(t)
-    return TensorDescriptor(
-        t, [B, H, T, D], [stride_b, stride_h, stride_t, stride_d], block, layout
-    )
+    strides = [stride_b, stride_h, stride_t, stride_d]
+    return TensorDescriptor(t, [B, H, T, D], strides, block, _layout(*block))
 
 
 def forward(

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastformer.kernels.launch import CachedLaunch
 from fastformer.kernels.product import has_tma, operands, product, tile_of
 
 # Packed rows, and their logits, are zero from the last one up to a multiple of this: a sum over
@@ -25,6 +26,7 @@ _ORDER_BLOCK = 4096  # targets that a program takes at a time
 _GATHER_ROWS = 16
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=["ignore_index", "N"])
 def _order_kernel(targets_ptr, order_ptr, count_ptr, ignore_index, N, BLOCK: tl.constexpr):
     """The row of every slot, and their number. A program counts what lies before its own rows."""
@@ -45,6 +47,7 @@ def _order_kernel(targets_ptr, order_ptr, count_ptr, ignore_index, N, BLOCK: tl.
         tl.store(count_ptr, first + tl.sum(counts.to(tl.int32), 0))
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=["N"])
 def _gather_kernel(
     x_ptr,
@@ -78,6 +81,7 @@ def _gather_kernel(
             tl.store(rows_ptr + offs, values, mask=mask)
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=["first", "size"])
 def _rows_product_kernel(
     a,
@@ -140,6 +144,7 @@ def _rows_product_kernel(
         tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=["first", "size"])
 def _table_product_kernel(
     grad,

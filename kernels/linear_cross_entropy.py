@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.counted_rows import PADDING, CountedRows
+from fastformer.kernels.launch import CachedLaunch
 
 _CHUNK_BYTES = 1 << 30  # of logits
 _LEAST_ROWS = 256  # the weight is read once more for every chunk
@@ -28,6 +29,7 @@ _LOWEST = tl.constexpr(-1e38)  # not -inf, whose difference with itself is NaN
 # A thread takes whole vectors of VEC logits. Rows are padded to vectors, which keeps the mask of a
 # load uniform along a vector whatever V is. With an order a program has a slot (counted_rows.py),
 # and slots that no row has taken are as rows that are ignored.
+@CachedLaunch
 @triton.jit(do_not_specialize=["first", "ignore_index"])
 def _cross_entropy_kernel(
     logits_ptr,

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastformer.kernels.launch import architecture
+
 
 @triton.jit
 def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
@@ -118,8 +120,8 @@ def matrix(t: Tensor) -> Tensor:
 
 
 def has_tma(*operands: Tensor) -> bool:
-    """Whether TMA copies them: on this device, by rows that begin at multiples of 16 bytes."""
-    return triton.runtime.driver.active.get_current_target().arch >= 90 and all(
+    """Whether TMA copies them: on their device, by rows that begin at multiples of 16 bytes."""
+    return architecture(operands[0]) >= 90 and all(
         t.numel() > 0
         and t.stride(1) == 1
         and t.data_ptr() % 16 == 0
