@@ -1,0 +1,27 @@
+"""The benchmark of what launches cost the host."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
+
+from benchmarks import bench_host_cost
+from benchmarks.gate import WrongResult
+from benchmarks.harness import QUICK, Options
+from fastformer.kernels.launch import CachedLaunch
+
+
+def test_the_host_cost_of_launches_is_measured_if_they_are_those_of_triton(monkeypatch) -> None:
+    case = next(c for c in bench_host_cost.BENCHMARK.cases(Options()) if c.name == "layer_norm")
+    rows = case.run(QUICK)
+    assert tuple(row.case for row in rows) == case.rows
+    table = bench_host_cost.BENCHMARK.table(rows).splitlines()[2:]
+    assert all(float(cell) > 0 for line in table for cell in line.split("|")[2:5])
+
+    def of_another_grid(kernel, grid):
+        return kernel.function[(grid[0] + 1,)]
+
+    monkeypatch.setattr(CachedLaunch, "__getitem__", of_another_grid)
+    with pytest.raises(WrongResult, match="layer_norm_fwd: other launches than Triton's"):
+        case.run(QUICK)
