@@ -121,7 +121,7 @@ Forward forward(Args a, const char *op, const Tensor &q, const Tensor &k, const 
   a.v = read_rows(v_in);
   a.out = written_rows(out);
   a.lse = static_cast<float *>(lse.mutable_data_ptr());
-  launch.check(fastformer_attention_fwd(&a, launch.stream()));
+  launch.check(fastformer_attention_fwd(&a, launch.stream()), q, k);
   return {out, lse};
 }
 
@@ -149,7 +149,7 @@ void backward(Args a, const char *op, const Tensor &grad_out, const Tensor &q, c
   a.grad_v = written_rows(grad_v);
   a.lse = static_cast<float *>(const_cast<void *>(lse.const_data_ptr()));
   a.sums = static_cast<float *>(sums.mutable_data_ptr());
-  launch.check(fastformer_attention_bwd(&a, launch.stream()));
+  launch.check(fastformer_attention_bwd(&a, launch.stream()), q, k);
 }
 
 Backward three_gradients(const Args &a, const char *op, const Tensor &grad_out, const Tensor &q,

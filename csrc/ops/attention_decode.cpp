@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> decode_fwd(const char *op, const Tensor &q, const Ten
   a.type = q.scalar_type() == ScalarType::Float      ? FASTFORMER_FLOAT32
            : q.scalar_type() == ScalarType::BFloat16 ? FASTFORMER_BFLOAT16
                                                      : FASTFORMER_FLOAT16;
-  launch.check(fastformer_attention_decode(&a, launch.stream()));
+  launch.check(fastformer_attention_decode(&a, launch.stream()), q, k);
   return {out, lse};
 }
 

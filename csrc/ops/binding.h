@@ -17,7 +17,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <string>
 
 #ifdef FASTFORMER_WITH_CUDA
 // Only a CUDA build of torch has this symbol: weak, it is null under the others.
@@ -51,12 +53,24 @@ public:
 
   fastformer_stream stream() const { return stream_; }
 
-  void check(int error) const {
-    STD_TORCH_CHECK(error == 0, op_, ": CUDA error ", error,
-                    " at launch: ", fastformer_cuda_error(error));
+  // The message tells the shapes of the tensors.
+  template <typename... Tensors> void check(int error, const Tensors &...on) const {
+    STD_TORCH_CHECK(error == 0, op_, ": CUDA error ", error, " at launch, on", shapes({&on...}),
+                    ": ", fastformer_cuda_error(error));
   }
 
 private:
+  static std::string shapes(std::initializer_list<const Tensor *> tensors) {
+    std::string text;
+    for (const Tensor *t : tensors) {
+      text += text.empty() ? " (" : ", (";
+      for (int64_t i = 0; i < t->dim(); ++i)
+        text += (i ? ", " : "") + std::to_string(t->size(i));
+      text += ")";
+    }
+    return text;
+  }
+
   // Comes before the guard, whose own message under a CPU build of torch helps nobody.
   static int32_t checked_device(const char *op, const Tensor &on) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op,

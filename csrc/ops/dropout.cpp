@@ -32,7 +32,8 @@ Tensor dropout_mask_cuda(int64_t rows, int64_t cols, double p, const Tensor &rng
   Tensor keep = torch::stable::empty({rows, cols}, ScalarType::Bool, std::nullopt, rng.device());
   launch.check(fastformer_dropout_mask(static_cast<bool *>(keep.mutable_data_ptr()),
                                        static_cast<const int64_t *>(rng.const_data_ptr()), rows,
-                                       cols, site, dropout_threshold(p), launch.stream()));
+                                       cols, site, dropout_threshold(p), launch.stream()),
+               keep);
   return keep;
 }
 #endif

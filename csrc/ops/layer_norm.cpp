@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> normalise_cuda(const char *op, fastformer_lay
   a.x_type = dtype_index(op, "x", x_dtype);
   a.residual_type = dtype_index(op, "the residual", rows.scalar_type());
   a.normed_type = dtype_index(op, "out_dtype", out_dtype);
-  launch.check(fastformer_layer_norm_fwd(&a, launch.stream()));
+  launch.check(fastformer_layer_norm_fwd(&a, launch.stream()), rows);
   return {normed, mean, rstd};
 }
 
@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor> differentiate_cuda(const char *op,
   a.residual_type = dtype_index(op, "the residual", rows.scalar_type());
   a.normed_type = dtype_index(op, "the gradient", grad_normed.scalar_type());
   a.weight_type = dtype_index(op, "weight", weight.scalar_type());
-  launch.check(fastformer_layer_norm_bwd(&a, launch.stream()));
+  launch.check(fastformer_layer_norm_bwd(&a, launch.stream()), rows);
   return {grad_rows, grad_weight, grad_bias};
 }
 

@@ -204,7 +204,7 @@ void gelu_cuda(const char *op, const CudaLaunch &launch, const Tensor &pre, cons
   a.type = dtype_index(op, "x", pre.scalar_type());
   a.tanh = tanh;
   set_dropout(op, a, dropout_p, rng, site);
-  launch.check(fastformer_gelu_fwd(&a, launch.stream()));
+  launch.check(fastformer_gelu_fwd(&a, launch.stream()), pre);
 }
 
 Tensor column_sums_cuda(const char *op, const CudaLaunch &launch, const Tensor &rows) {
@@ -218,7 +218,7 @@ Tensor column_sums_cuda(const char *op, const CudaLaunch &launch, const Tensor &
   a.N = N;
   a.F = cols;
   a.type = dtype_index(op, "grad_out", rows.scalar_type());
-  launch.check(fastformer_column_sums(&a, launch.stream()));
+  launch.check(fastformer_column_sums(&a, launch.stream()), rows);
   return out;
 }
 
@@ -301,7 +301,7 @@ mlp_bwd_cuda(const Tensor &grad_out, const Tensor &x, const Tensor &w1, const Te
     a.type = dtype_index(op, "x", type);
     a.tanh = tanh;
     set_dropout(op, a, dropout_p, rng, site);
-    launch.check(fastformer_gelu_bwd(&a, launch.stream()));
+    launch.check(fastformer_gelu_bwd(&a, launch.stream()), pre);
   }
 
   Tensor grad_w2 = like(x, {s.C_out, s.F}, type), grad_b2 = like(x, {s.C_out}, type);
