@@ -20,10 +20,15 @@ _NOT_SOURCE += ("build", "dist", "runs")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+# Files whose tests share a build, and hence a worker.
+_GROUPS = {"test_install": "wheel", "test_library": "wheel", "test_sanitizers": "sanitizers"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.xdist_group("packaging"))  # share the builds below
+        if item.path.parent == Path(__file__).parent and item.path.stem in _GROUPS:
+            item.add_marker(pytest.mark.xdist_group(_GROUPS[item.path.stem]))
 
 
 @pytest.fixture(scope="session")

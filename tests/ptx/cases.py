@@ -29,7 +29,8 @@ Rule = Callable[[Resources], list[str]]
 class Case:
     """A wrapper, or a CUDA kernel, for one architecture. `compiler` is "triton" or "nvcc".
 
-    `inputs` say in docs/kernels.md what it is compiled for, where the name does not.
+    `inputs` say in docs/kernels.md what it is compiled for, where the name does not. Those of one
+    `group` come from one compilation.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     records: Callable[[], list[Resources]]
     rules: tuple[Rule, ...] = ()
     inputs: str = ""
+    group: str = ""
 
     @property
     def id(self) -> str:
@@ -81,7 +83,8 @@ def cuda_case(
     def records() -> list[Resources]:
         return [cuda_kernels(source, arch).resources(kernel, threads, dynamic_shared)]
 
-    return Case(name, int(arch.rstrip("a")), "nvcc", records, rules, inputs)
+    group = f"{source.stem}-{arch}"
+    return Case(name, int(arch.rstrip("a")), "nvcc", records, rules, inputs, group)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -36,7 +36,13 @@ def golden(case: Case) -> dict[str, dict]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in LIBRARY + CORPUS])
+def _case(case):
+    """A parameter of a test; cases of one compilation go to the same worker."""
+    marks = [pytest.mark.xdist_group(case.group)] if case.group else []
+    return pytest.param(case, id=case.id, marks=marks)
+
+
+@pytest.mark.parametrize("case", map(_case, LIBRARY + CORPUS))
 def test_kernels_obey_the_rules(case):
     before = golden(case)
     found = []
