@@ -70,7 +70,7 @@ class Library:
 
     def description(self):
         words = ctypes.create_string_buffer(1024)
-        self.calls.cublaslt_description(self.self, words, len(words))
+        self.calls.cublaslt_description(self.self, words, ctypes.c_size_t(len(words)))
         return words.value.decode()
 
     def multiply(self, which, *tensors, device=DEVICE):
@@ -88,7 +88,7 @@ class Library:
             ctypes.c_void_p(STREAM),
             ctypes.byref(self.memory),
             words,
-            len(words),
+            ctypes.c_size_t(len(words)),  # an int would leave half of it undefined
         )
         self.error = words.value.decode()
         return {1: True, 0: False, -1: None}[answer]
