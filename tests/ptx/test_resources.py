@@ -42,7 +42,7 @@ def _case(case):
     return pytest.param(case, id=case.id, marks=marks)
 
 
-@pytest.mark.parametrize("case", map(_case, LIBRARY + CORPUS))
+@pytest.mark.parametrize("case", [_case(case) for case in LIBRARY + CORPUS])
 def test_kernels_obey_the_rules(case):
     before = golden(case)
     found = []
