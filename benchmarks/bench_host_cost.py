@@ -60,7 +60,7 @@ def _mlp() -> list[Op]:
     x, w, settings = _bfloat16(16, 32), _bfloat16(32, 32), (False, *_dropout_settings())
     return [
         partial(ops.mlp_fwd, x, w, w[0], w, w[0], *settings),
-        partial(ops.mlp_bwd, x, x, w, w, x, *settings),
+        partial(ops.mlp_bwd, x, x, w, w, x, *settings, x.dtype),
     ]
 
 
@@ -68,7 +68,7 @@ def _linear_cross_entropy() -> list[Op]:
     from fastformer.kernels import linear_cross_entropy as ops
 
     x, weight, targets = _bfloat16(16, 32), _bfloat16(32, 32), torch.zeros(16, dtype=torch.int64)
-    settings = (-100, 0.0, 0.0, True, True)
+    settings = (-100, 0.0, 0.0, True, False, x.dtype)
     return [partial(ops.linear_cross_entropy_fwd, x, weight, None, targets, *settings)]
 
 

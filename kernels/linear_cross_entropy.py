@@ -174,7 +174,7 @@ def linear_cross_entropy_fwd(
     z_loss: float,
     mean: bool,
     mostly_ignored: bool,
-    needs_grad: bool,
+    grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (N, C), V = x.shape, weight.shape[0]
     targets = targets.contiguous()
@@ -212,19 +212,19 @@ def linear_cross_entropy_fwd(
                 stride,
                 MEAN=mean,
                 SMOOTHS=label_smoothing > 0.0,
-                NEEDS_GRAD=needs_grad,
+                NEEDS_GRAD=grad_dtype is not None,
                 PADDING=PADDING,
                 **options,
             )
-        if needs_grad:
+        if grad_dtype is not None:
             products.add_gradients(first, padded[:size], weight)
     loss = losses.sum()
-    if not needs_grad:
+    if grad_dtype is None:
         return loss, x.new_empty(0), x.new_empty(0), x.new_empty(0)
     grad_x, grad_table = products.grad_x, products.grad_table
     if grad_x is None or grad_table is None:  # no rows
         grad_x, grad_table = torch.empty_like(x), torch.zeros_like(table)
     if bias is None:
-        return loss, grad_x, grad_table.to(weight.dtype), x.new_empty(0)
-    grad_weight = grad_table[:, :C].to(weight.dtype, copy=True)
-    return loss, grad_x, grad_weight, grad_table[:, C].to(bias.dtype, copy=True)
+        return loss, grad_x, grad_table.to(grad_dtype), x.new_empty(0)
+    grad_weight = grad_table[:, :C].to(grad_dtype, copy=True)
+    return loss, grad_x, grad_weight, grad_table[:, C].to(grad_dtype, copy=True)

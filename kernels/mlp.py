@@ -266,6 +266,7 @@ def mlp_bwd(
     dropout_p: float,
     rng: Tensor | None,
     site: int,
+    grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, grad, dense_w2 = x.reshape(-1, x.shape[-1]), matrix(grad_out), matrix(w2)
     (N, C), F = grad.shape, w2.shape[1]
@@ -293,8 +294,8 @@ def mlp_bwd(
     )
     return (
         (grad_pre @ w1).view(x.shape),
-        grad_pre.t() @ rows,
-        partial.sum(0).to(x.dtype),
-        grad.t() @ hidden,
-        grad.sum(0, dtype=torch.float32).to(x.dtype),
+        (grad_pre.t() @ rows).to(grad_dtype),
+        partial.sum(0).to(grad_dtype),
+        (grad.t() @ hidden).to(grad_dtype),
+        grad.sum(0, dtype=torch.float32).to(grad_dtype),
     )

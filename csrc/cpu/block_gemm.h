@@ -254,14 +254,18 @@ inline void pack_columns(const bf16 *src, int64_t stride, int64_t rows, int64_t 
 // out[row / 2][element] = the pair of two rows' elements.
 inline void pack_rows(const bf16 *src, int64_t stride, int64_t rows, int64_t D, Pair *out,
                       int64_t width) {
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i second_half = _mm512_add_epi16(order, _mm512_set1_epi16(16));
   for (int64_t i = 0; i < rows; i += 2, src += 2 * stride, out += width)
-    for (int64_t d = 0; d < D; d += 16) {
-      const __mmask16 m = static_cast<__mmask16>(D - d < 16 ? (1u << (D - d)) - 1 : 0xffff);
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, src + d));
+    for (int64_t d = 0; d < D; d += 32) {
+      const __mmask32 m = D - d < 32 ? (1u << (D - d)) - 1 : ~0u;
+      const __m512i low = _mm512_maskz_loadu_epi16(m, src + d);
       const __m512i high =
-          i + 1 < rows ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, src + stride + d))
-                       : _mm512_setzero_si512();
-      _mm512_storeu_si512(out + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+          i + 1 < rows ? _mm512_maskz_loadu_epi16(m, src + stride + d) : _mm512_setzero_si512();
+      _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(low, order, high));
+      if (D - d > 16)
+        _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(low, second_half, high));
     }
 }
 

@@ -19,12 +19,13 @@ struct Gemm {
   int64_t b_row, b_col;
   void *out;
   int64_t out_row;
-  const float *bias; // (N,), may be null
-  bool add;          // to what `out` holds
-  void *packed;      // packed_bytes, for B
+  const float *bias;  // (N,), may be null
+  bool add;           // to what `out` holds
+  int64_t block_rows; // of A and `out`, in a piece of work
+  void *packed;       // packed_bytes, for B
 };
 
-// Sizes, and the kernels by whether the type is bfloat16 rather than float32; null where this
+// Sizes, and the kernels by whether the operands are bfloat16 rather than float32; null where this
 // instruction set has none.
 struct GemmKernels {
   int64_t panel_cols, max_block_rows, tile_rows;
@@ -33,10 +34,11 @@ struct GemmKernels {
   // Packs the panels [begin, end) of B.
   void (*pack[2])(const Gemm &, int64_t begin, int64_t end);
 
-  // A block of rows, [row, row_end), times a panel. `scratch` has packed_rows_bytes; it keeps the
-  // packed rows of A, which are packed if `fresh`.
-  void (*multiply[2])(const Gemm &, void *scratch, int64_t row, int64_t row_end, int64_t panel,
-                      bool fresh);
+  // The pieces of work [begin, end), of which number row_block * panels + panel is a block of rows
+  // times a panel. `scratch` has scratch_bytes(end - begin). The second index says whether `out` is
+  // bfloat16 rather than float32.
+  void (*multiply[2][2])(const Gemm &, void *scratch, int64_t begin, int64_t end);
+  int64_t (*scratch_bytes)(const Gemm &, int64_t pieces);
 
   int64_t panels(const Gemm &g) const { return (g.N + panel_cols - 1) / panel_cols; }
 
@@ -48,9 +50,6 @@ struct GemmKernels {
   }
   int64_t packed_bytes(const Gemm &g, int type) const {
     return panels(g) * panel_cols * (g.K + g.K % 2) * bytes_per_element[type];
-  }
-  int64_t packed_rows_bytes(const Gemm &g, int type) const {
-    return g.a_col == 1 ? 0 : max_block_rows * (g.K + g.K % 2) * bytes_per_element[type];
   }
 };
 

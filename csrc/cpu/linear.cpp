@@ -40,6 +40,12 @@ void to_float32(float *out, const bf16 *in, int64_t begin, int64_t end) {
   for_each_vec(begin, end, [&](int64_t i, auto n, int) { store(out + i, load(in + i, n), n); });
 }
 
+void accumulate(float *out, const bf16 *in, int64_t begin, int64_t end) {
+  for_each_vec(begin, end, [&](int64_t i, auto n, int) {
+    store(out + i, load(out + i, n) + load(in + i, n), n);
+  });
+}
+
 } // namespace
 
 extern const LinearKernels linear_kernels;
@@ -48,6 +54,7 @@ const LinearKernels linear_kernels = {
     {column_sums<float>, column_sums<bf16>},
     {add_blocks<float>, add_blocks<bf16>},
     to_float32,
+    accumulate,
 };
 
 } // namespace fastformer::cpu::FASTFORMER_ISA

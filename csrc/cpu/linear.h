@@ -20,8 +20,9 @@ struct LinearKernels {
   void (*add_blocks[2])(void *out, const float *partials, int64_t blocks, int64_t stride,
                         int64_t cols);
 
-  // out[i] = in[i] for i in [begin, end).
+  // out[i] = in[i], or out[i] += in[i], for i in [begin, end).
   void (*to_float32)(float *out, const bf16 *in, int64_t begin, int64_t end);
+  void (*accumulate)(float *out, const bf16 *in, int64_t begin, int64_t end);
 };
 
 } // namespace fastformer::cpu

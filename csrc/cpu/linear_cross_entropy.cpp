@@ -173,24 +173,10 @@ void rows_of_logits(T *logits, const int64_t *targets, int64_t rows, const Cross
     losses[row] = one_row<T, Exp>(logits + row * loss.vocabulary, targets[row], loss, bias_sums);
 }
 
-void accumulate(float *sum, const bf16 *x, int64_t n) {
-  for_each_vec(
-      n, [&](int64_t i, int) { store(sum + i, load(sum + i) + load(x + i)); },
-      [&](int64_t i, int64_t tail) {
-        store(sum + i, load(sum + i, tail) + load(x + i, tail), tail);
-      });
-}
-
-void round(bf16 *out, const float *sum, int64_t n) {
-  for_each_vec(
-      n, [&](int64_t i, int) { store(out + i, load(sum + i)); },
-      [&](int64_t i, int64_t tail) { store(out + i, load(sum + i, tail), tail); });
-}
-
 } // namespace
 
 extern const LinearCrossEntropyKernels linear_cross_entropy_kernels;
 const LinearCrossEntropyKernels linear_cross_entropy_kernels = {
-    rows_of_logits<float, Exponential>, rows_of_logits<bf16, CoarseExponential>, accumulate, round};
+    rows_of_logits<float, Exponential>, rows_of_logits<bf16, CoarseExponential>};
 
 } // namespace fastformer::cpu::FASTFORMER_ISA

@@ -22,10 +22,6 @@ struct LinearCrossEntropyKernels {
                    double *losses, float *bias_sums);
   void (*rows_bf16)(bf16 *logits, const int64_t *targets, int64_t rows, const CrossEntropy &loss,
                     double *losses, float *bias_sums);
-
-  // A sum in float32 of n numbers each: sum += x, and out = sum.
-  void (*accumulate)(float *sum, const bf16 *x, int64_t n);
-  void (*round)(bf16 *out, const float *sum, int64_t n);
 };
 
 } // namespace fastformer::cpu

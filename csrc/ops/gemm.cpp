@@ -42,7 +42,7 @@ bool chosen() {
 bool has_pairs(int64_t K, int64_t row) { return K % 2 == 0 && row % 2 == 0; }
 
 bool suits(const cpu::Gemm &g, int type, const cpu::GemmKernels &kernels) {
-  if (!chosen() || kernels.multiply[type] == nullptr || g.M < kLeastRows || g.N == 0 || g.K == 0)
+  if (!chosen() || kernels.pack[type] == nullptr || g.M < kLeastRows || g.N == 0 || g.K == 0)
     return false;
   if ((g.a_col != 1 && g.a_row != 1) || (g.b_col != 1 && g.b_row != 1))
     return false;
@@ -54,7 +54,7 @@ bool suits(const cpu::Gemm &g, int type, const cpu::GemmKernels &kernels) {
 // Returns false where the kernel cannot, or should not, take this product.
 bool multiply(const Tensor &out, const Tensor &a, const Tensor &b, const float *bias, bool add) {
   const cpu::GemmKernels &kernels = *cpu_kernels().gemm;
-  const int type = is_bf16("mm", "out", out);
+  const int type = is_bf16("mm", "a", a), out_type = is_bf16("mm", "out", out);
   cpu::Gemm g{};
   g.M = a.size(0);
   g.K = a.size(1);
@@ -74,17 +74,13 @@ bool multiply(const Tensor &out, const Tensor &a, const Tensor &b, const float *
   const auto floats_for = [](int64_t bytes) { return new_tensor({bytes / 4}, ScalarType::Float); };
   const Tensor packed = floats_for(kernels.packed_bytes(g, type));
   g.packed = packed.mutable_data_ptr();
-  const int64_t panels = kernels.panels(g), block_rows = kernels.block_rows(g);
-  const int64_t blocks = (g.M + block_rows - 1) / block_rows;
+  g.block_rows = kernels.block_rows(g);
+  const int64_t panels = kernels.panels(g), blocks = (g.M + g.block_rows - 1) / g.block_rows;
   torch::stable::parallel_for(
       0, panels, 1, [&](int64_t begin, int64_t end) { kernels.pack[type](g, begin, end); });
   torch::stable::parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) {
-    const Tensor rows = floats_for(kernels.packed_rows_bytes(g, type));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / panels * block_rows, row_end = std::min(g.M, row + block_rows);
-      kernels.multiply[type](g, rows.mutable_data_ptr(), row, row_end, task % panels,
-                             task == begin || task % panels == 0);
-    }
+    const Tensor scratch = floats_for(kernels.scratch_bytes(g, end - begin));
+    kernels.multiply[type][out_type](g, scratch.mutable_data_ptr(), begin, end);
   });
   return true;
 }
@@ -94,6 +90,17 @@ void library_addmm(const Tensor &out, const Tensor &added, const Tensor &a, cons
   // Not through the dispatcher, whose stable interface has no word for a Scalar.
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), added.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+// The libraries' product of bfloat16 matrices is bfloat16: `finish` takes it to a float32 `out`.
+void widened_mm(const Tensor &out, const Tensor &a, const Tensor &b,
+                void (*finish)(float *, const cpu::bf16 *, int64_t, int64_t)) {
+  const Tensor product = new_tensor(out.sizes(), a.scalar_type());
+  library_mm(product, a, b);
+  float *to = static_cast<float *>(out.mutable_data_ptr());
+  const cpu::bf16 *from = static_cast<const cpu::bf16 *>(product.const_data_ptr());
+  torch::stable::parallel_for(0, out.numel(), 65536,
+                              [&](int64_t begin, int64_t end) { finish(to, from, begin, end); });
 }
 
 } // namespace
@@ -118,8 +125,12 @@ void library_linear(const Tensor &out, const Tensor &x, const Tensor &weight,
 }
 
 void mm_out(const Tensor &out, const Tensor &a, const Tensor &b) {
-  if (!multiply(out, a, b, nullptr, false))
+  if (multiply(out, a, b, nullptr, false))
+    return;
+  if (out.scalar_type() == a.scalar_type())
     library_mm(out, a, b);
+  else
+    widened_mm(out, a, b, cpu_kernels().linear->to_float32);
 }
 
 void mm_bias_out(const Tensor &out, const Tensor &a, const Tensor &b, const Tensor &bias) {
@@ -133,8 +144,12 @@ void mm_bias_out(const Tensor &out, const Tensor &a, const Tensor &b, const Tens
 }
 
 void mm_add(const Tensor &out, const Tensor &a, const Tensor &b) {
-  if (!multiply(out, a, b, nullptr, true))
+  if (multiply(out, a, b, nullptr, true))
+    return;
+  if (out.scalar_type() == a.scalar_type())
     library_addmm(out, out, a, b);
+  else
+    widened_mm(out, a, b, cpu_kernels().linear->accumulate);
 }
 
 } // namespace fastformer

@@ -16,15 +16,16 @@ inline torch::stable::Tensor transposed(const torch::stable::Tensor &a) {
   return torch::stable::transpose(a, 0, 1);
 }
 
-// out = a b, all of one dtype, float32 or bfloat16; `out` (M, N) is contiguous.
+// out = a b, where a and b are of one dtype, float32 or bfloat16, and the contiguous `out` (M, N)
+// is of that dtype or float32.
 void mm_out(const torch::stable::Tensor &out, const torch::stable::Tensor &a,
             const torch::stable::Tensor &b);
 
-// out = a b + bias, where `bias` (N,) is float32.
+// out = a b + bias, all of one dtype but `bias` (N,), which is float32.
 void mm_bias_out(const torch::stable::Tensor &out, const torch::stable::Tensor &a,
                  const torch::stable::Tensor &b, const torch::stable::Tensor &bias);
 
-// out += a b in float32.
+// out += a b, where `out` is float32.
 void mm_add(const torch::stable::Tensor &out, const torch::stable::Tensor &a,
             const torch::stable::Tensor &b);
 

@@ -54,31 +54,20 @@ Tensor linear_fwd_cpu(const Tensor &x, const Tensor &weight, const std::optional
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd_cpu(const Tensor &grad_out, const Tensor &x,
-                                                  const Tensor &weight) {
+                                                  const Tensor &weight, ScalarType grad_dtype) {
   check("linear_bwd", x, weight);
+  check_grad_dtype("linear_bwd", grad_dtype, x.scalar_type());
   const Rows size(x), grad_size(grad_out);
   STD_TORCH_CHECK(grad_out.scalar_type() == x.scalar_type() && grad_size.rows == size.rows &&
                       grad_size.cols == weight.size(0),
                   "linear_bwd: grad_out must be (..., C_out) in the dtype of x");
   const Tensor grad = torch::stable::contiguous(as_matrix(grad_out));
   const Tensor grad_x = new_tensor(x.sizes(), x.scalar_type());
-  const Tensor grad_weight = new_tensor(weight.sizes(), weight.scalar_type());
+  const Tensor grad_weight = new_tensor(weight.sizes(), grad_dtype);
   mm_out(torch::stable::view(grad_x, {size.rows, size.cols}), grad, weight);
   mm_out(grad_weight, transposed(grad), as_matrix(x));
   return {grad_x, grad_weight,
-          column_sums(grad, size.rows, weight.size(0), is_bf16("linear_bwd", "x", x))};
-}
-
-Tensor to_float32_cpu(const Tensor &x) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "to_float32: x must be bfloat16");
-  const Tensor in = torch::stable::contiguous(x);
-  const Tensor out = new_tensor(x.sizes(), ScalarType::Float);
-  float *to = static_cast<float *>(out.mutable_data_ptr());
-  const cpu::bf16 *from = static_cast<const cpu::bf16 *>(in.const_data_ptr());
-  const auto kernel = cpu_kernels().linear->to_float32;
-  torch::stable::parallel_for(0, x.numel(), 65536,
-                              [&](int64_t begin, int64_t end) { kernel(to, from, begin, end); });
-  return out;
+          column_sums(grad, size.rows, weight.size(0), is_bf16("linear_bwd", "x", x), grad_dtype)};
 }
 
 } // namespace
@@ -86,7 +75,6 @@ Tensor to_float32_cpu(const Tensor &x) {
 STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
   m.impl("linear_fwd.cpu", TORCH_BOX(&linear_fwd_cpu));
   m.impl("linear_bwd.cpu", TORCH_BOX(&linear_bwd_cpu));
-  m.impl("to_float32.cpu", TORCH_BOX(&to_float32_cpu));
 }
 
 } // namespace fastformer

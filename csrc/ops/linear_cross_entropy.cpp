@@ -2,10 +2,11 @@
 //
 // Memory: the logits of one chunk of rows, which become their own gradient, in a block that is kept
 // for the next call; the rows that count, gathered, and the gradient's rows before they are spread,
-// unless all rows count; in bfloat16 with several chunks, a float32 sum of the weight's gradient.
+// unless all rows count; with several chunks, a float32 sum of a bfloat16 weight's gradient.
 #include "ops/binding.h"
 #include "ops/gemm.h"
 #include "ops/memory.h"
+#include "ops/rows.h"
 
 #include <algorithm>
 #include <cstring>
@@ -67,50 +68,27 @@ Tensor rows_of(const Tensor &matrix, int64_t first, int64_t count) {
   return torch::stable::narrow(all, 0, first, count);
 }
 
-// Adds up the gradient of the weight chunk by chunk: a float32 one in place, a bfloat16 one in
-// float32 beside it, unless there is but one chunk.
+// Adds up the gradient of the weight chunk by chunk: several in float32, to be rounded at the end.
 class WeightGradient {
 public:
-  WeightGradient(const Tensor &weight, bool several_chunks)
-      : grad_(new_tensor(weight.sizes(), weight.scalar_type())) {
-    if (several_chunks && weight.scalar_type() == ScalarType::BFloat16)
-      sum_ = torch::stable::new_zeros(weight, weight.sizes(), ScalarType::Float);
-  }
+  WeightGradient(const Tensor &weight, bool several_chunks, ScalarType dtype)
+      : dtype_(dtype),
+        grad_(new_tensor(weight.sizes(), several_chunks ? ScalarType::Float : dtype)) {}
 
   void add(const Tensor &grad_logits, const Tensor &rows) {
-    const Tensor left = transposed(grad_logits);
-    if (first_ || sum_.has_value())
-      mm_out(grad_, left, rows);
-    else
-      mm_add(grad_, left, rows);
+    (first_ ? mm_out : mm_add)(grad_, transposed(grad_logits), rows);
     first_ = false;
-    if (!sum_.has_value())
-      return;
-    each_part([](const cpu::LinearCrossEntropyKernels &kernels, float *sum, cpu::bf16 *product,
-                 int64_t n) { kernels.accumulate(sum, product, n); });
   }
 
   Tensor result() {
     if (first_)
       torch::stable::zero_(grad_);
-    else if (sum_.has_value())
-      each_part([](const cpu::LinearCrossEntropyKernels &kernels, float *sum, cpu::bf16 *out,
-                   int64_t n) { kernels.round(out, sum, n); });
-    return grad_;
+    return torch::stable::to(grad_, dtype_);
   }
 
 private:
-  template <class Work> void each_part(Work work) {
-    float *sum = static_cast<float *>(sum_->mutable_data_ptr());
-    cpu::bf16 *grad = static_cast<cpu::bf16 *>(grad_.mutable_data_ptr());
-    const cpu::LinearCrossEntropyKernels &kernels = *cpu_kernels().linear_cross_entropy;
-    torch::stable::parallel_for(0, grad_.numel(), 65536, [&](int64_t begin, int64_t end) {
-      work(kernels, sum + begin, grad + begin, end - begin);
-    });
-  }
-
+  ScalarType dtype_;
   Tensor grad_;
-  std::optional<Tensor> sum_;
   bool first_ = true;
 };
 
@@ -169,11 +147,16 @@ void check(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &b
                   op, ": targets must be int64 (N,)");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd_cpu(
-    const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias, const Tensor &targets,
-    int64_t ignore_index, double label_smoothing, double z_loss, bool mean,
-    bool /*mostly_ignored: ignored rows never cost anything here*/, bool needs_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor>
+linear_cross_entropy_fwd_cpu(const Tensor &x, const Tensor &weight,
+                             const std::optional<Tensor> &bias, const Tensor &targets,
+                             int64_t ignore_index, double label_smoothing, double z_loss, bool mean,
+                             bool /*mostly_ignored: ignored rows never cost anything here*/,
+                             std::optional<ScalarType> grad_dtype) {
   check(x, weight, bias, targets);
+  const bool needs_grad = grad_dtype.has_value();
+  if (needs_grad)
+    check_grad_dtype("linear_cross_entropy_fwd", *grad_dtype, x.scalar_type());
   const int64_t N = x.size(0), C = x.size(1), V = weight.size(0);
   const Counted counted = counted_rows(targets, ignore_index, V);
   const int64_t count = static_cast<int64_t>(counted.rows.size());
@@ -210,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd_cpu(
   const Tensor grad_rows = new_tensor({needs_grad ? count : 0, C}, x.scalar_type());
   std::optional<WeightGradient> grad_weight;
   if (needs_grad)
-    grad_weight.emplace(weight, chunks > 1);
+    grad_weight.emplace(weight, chunks > 1, *grad_dtype);
   std::vector<double> losses(static_cast<size_t>(count));
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t first = count * chunk / chunks;
@@ -243,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd_cpu(
         count);
   }
   return {result, grad_x, grad_weight->result(),
-          bias.has_value() ? torch::stable::to(*bias_sums, bias->scalar_type()) : none};
+          bias.has_value() ? torch::stable::to(*bias_sums, *grad_dtype) : none};
 }
 
 } // namespace

@@ -88,10 +88,11 @@ std::tuple<Tensor, Tensor> mlp_fwd(const Tensor &x, const Tensor &w1,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 mlp_bwd(const Tensor &grad_out, const Tensor &x, const Tensor &w1, const Tensor &w2,
         const Tensor &pre, bool tanh, double dropout_p, const std::optional<Tensor> &rng,
-        int64_t site) {
+        int64_t site, ScalarType grad_dtype) {
   const char *op = "mlp_bwd";
   const Sizes s(op, x, w1, w2);
   check_gradient(op, s, grad_out, x, pre);
+  check_grad_dtype(op, grad_dtype, x.scalar_type());
   const int type = is_bf16(op, "x", x);
   const cpu::MlpKernels &kernels = *cpu_kernels().mlp;
   const Tensor grad_rows =
@@ -115,17 +116,18 @@ mlp_bwd(const Tensor &grad_out, const Tensor &x, const Tensor &w1, const Tensor 
   const auto gelu = kernels.gelu_bwd[type][tanh];
   torch::stable::parallel_for(0, blocks.count, blocks.grain(s.F),
                               [&](int64_t begin, int64_t end) { gelu(a, begin, end); });
-  Tensor grad_b1 = new_tensor({s.F}, x.scalar_type());
-  cpu_kernels().linear->add_blocks[type](grad_b1.mutable_data_ptr(), a.partials, blocks.count,
-                                         2 * s.F, s.F);
+  Tensor grad_b1 = new_tensor({s.F}, grad_dtype);
+  cpu_kernels().linear->add_blocks[is_bf16(op, "grad_dtype", grad_dtype)](
+      grad_b1.mutable_data_ptr(), a.partials, blocks.count, 2 * s.F, s.F);
 
-  Tensor grad_w1 = new_tensor({s.F, s.C}, x.scalar_type());
+  Tensor grad_w1 = new_tensor({s.F, s.C}, grad_dtype);
   mm_out(grad_w1, transposed(grad_pre), torch::stable::reshape(x, {s.N, s.C}));
-  Tensor grad_w2 = new_tensor({s.C_out, s.F}, x.scalar_type());
+  Tensor grad_w2 = new_tensor({s.C_out, s.F}, grad_dtype);
   mm_out(grad_w2, transposed(grad_rows), hidden);
   Tensor grad_x = new_tensor(x.sizes(), x.scalar_type());
   mm_out(torch::stable::view(grad_x, {s.N, s.C}), grad_pre, w1);
-  return {grad_x, grad_w1, grad_b1, grad_w2, column_sums(grad_rows, s.N, s.C_out, type)};
+  return {grad_x, grad_w1, grad_b1, grad_w2,
+          column_sums(grad_rows, s.N, s.C_out, type, grad_dtype)};
 }
 
 #ifdef FASTFORMER_WITH_CUDA
@@ -261,7 +263,7 @@ std::tuple<Tensor, Tensor> mlp_fwd_cuda(const Tensor &x, const Tensor &w1,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 mlp_bwd_cuda(const Tensor &grad_out, const Tensor &x, const Tensor &w1, const Tensor &w2,
              const Tensor &pre, bool tanh, double dropout_p, const std::optional<Tensor> &rng,
-             int64_t site) {
+             int64_t site, ScalarType grad_dtype) {
   const char *op = "mlp_bwd";
   const CudaLaunch launch(op, x);
   const Sizes s(op, x, w1, w2);
@@ -317,7 +319,8 @@ mlp_bwd_cuda(const Tensor &grad_out, const Tensor &x, const Tensor &w1, const Te
   library_mm(grad_w1, transposed(grad_pre), torch::stable::reshape(x, {s.N, s.C}));
   Tensor grad_x = like(x, x.sizes(), type);
   library_mm(torch::stable::view(grad_x, {s.N, s.C}), grad_pre, w1);
-  return {grad_x, grad_w1, grad_b1, grad_w2, grad_b2};
+  const auto wide = [&](const Tensor &grad) { return torch::stable::to(grad, grad_dtype); };
+  return {grad_x, wide(grad_w1), wide(grad_b1), wide(grad_w2), wide(grad_b2)};
 }
 #endif
 

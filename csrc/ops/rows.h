@@ -59,6 +59,13 @@ struct RowBlocks {
   int64_t rows_per_block, count;
 };
 
+// The gradients of the weights of ops that compute in `dtype`: float32 ones need no cast where the
+// weights are float32 masters.
+inline void check_grad_dtype(const char *op, ScalarType grad_dtype, ScalarType dtype) {
+  STD_TORCH_CHECK(grad_dtype == dtype || grad_dtype == ScalarType::Float, op,
+                  ": grad_dtype must be float32 or that of x, got ", grad_dtype, " for x ", dtype);
+}
+
 // Adds `bias` to each of the rows of a contiguous matrix.
 inline void add_row_bias(void *rows, const Tensor &bias, int64_t N, int64_t cols, int type) {
   const auto kernel = cpu_kernels().linear->add_bias[type];
@@ -67,8 +74,9 @@ inline void add_row_bias(void *rows, const Tensor &bias, int64_t N, int64_t cols
   });
 }
 
-// The sums of the columns of a contiguous matrix, in its dtype.
-inline Tensor column_sums(const Tensor &rows, int64_t N, int64_t cols, int type) {
+// The sums of the columns of a contiguous matrix.
+inline Tensor column_sums(const Tensor &rows, int64_t N, int64_t cols, int type,
+                          ScalarType out_dtype) {
   const cpu::LinearKernels &kernels = *cpu_kernels().linear;
   const RowBlocks blocks(N);
   Tensor partials = new_tensor({blocks.count, cols}, ScalarType::Float);
@@ -77,8 +85,9 @@ inline Tensor column_sums(const Tensor &rows, int64_t N, int64_t cols, int type)
   torch::stable::parallel_for(0, blocks.count, blocks.grain(cols), [&](int64_t begin, int64_t end) {
     kernels.column_sums[type](sums, in, begin, end, N, cols, blocks.rows_per_block);
   });
-  Tensor out = new_tensor({cols}, rows.scalar_type());
-  kernels.add_blocks[type](out.mutable_data_ptr(), sums, blocks.count, cols, cols);
+  Tensor out = new_tensor({cols}, out_dtype);
+  kernels.add_blocks[out_dtype == ScalarType::BFloat16](out.mutable_data_ptr(), sums, blocks.count,
+                                                        cols, cols);
   return out;
 }
 

@@ -49,7 +49,6 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "mlp_bwd": ("cpu", "reference"),
         "linear_fwd": ("cpu", "reference"),
         "linear_bwd": ("cpu", "reference"),
-        "to_float32": ("cpu", "reference"),
         "linear_cross_entropy_fwd": ("cpu", "reference"),
         "adamw_step": ("cpu", "reference"),
     },

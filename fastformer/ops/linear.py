@@ -22,16 +22,18 @@ from fastformer.ops.arguments import (
     distinct,
     needs_grad,
 )
-from fastformer.ops.weight_copies import cast, to_master
+from fastformer.ops.weight_copies import cast, grad_dtype
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _bwd_fake(grad_out: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grad_bias = weight.new_empty(weight.shape[0])
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
+def _bwd_fake(
+    grad_out: Tensor, x: Tensor, weight: Tensor, grad_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_bias = weight.new_empty(weight.shape[0], dtype=grad_dtype)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=grad_dtype), grad_bias
 
 
 dispatch.define(
@@ -41,7 +43,8 @@ dispatch.define(
     native=("cpu",),
 )
 dispatch.define(
-    "linear_bwd(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
+    "linear_bwd(Tensor grad_out, Tensor x, Tensor weight, ScalarType grad_dtype)"
+    " -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_bwd,
     fake=_bwd_fake,
     native=("cpu",),
@@ -52,6 +55,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.grad_dtype = grad_dtype(weight, x.dtype)
         _, weight, bias = _cast_weights(x, weight, bias)
         ctx.save_for_backward(x, weight)
         return torch.ops.fastformer.linear_fwd.default(x, weight, bias)
@@ -60,11 +64,11 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight, grad_bias = torch.ops.fastformer.linear_bwd.default(
-            grad_out, *ctx.saved_tensors
+            grad_out, *ctx.saved_tensors, ctx.grad_dtype
         )
         weight_dtype, bias_dtype = ctx.dtypes
-        grad_bias = None if bias_dtype is None else to_master(grad_bias, bias_dtype)
-        return grad_x, to_master(grad_weight, weight_dtype), grad_bias
+        grad_bias = None if bias_dtype is None else grad_bias.to(bias_dtype)
+        return grad_x, grad_weight.to(weight_dtype), grad_bias
 
 
 def _cast_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ from fastformer.ops.arguments import (
     distinct,
     needs_grad,
 )
-from fastformer.ops.weight_copies import cast, to_master
+from fastformer.ops.weight_copies import cast, grad_dtype
 
 REDUCTIONS = ("mean", "sum")
 
@@ -41,19 +41,20 @@ def _fwd_fake(
     z_loss: float,
     mean: bool,
     mostly_ignored: bool,
-    needs_grad: bool,
+    grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty((), dtype=reference.accumulator(x.dtype))
-    if not needs_grad:
+    if grad_dtype is None:
         return loss, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    grad_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return loss, x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
+    grad_weight = weight.new_empty(weight.shape, dtype=grad_dtype)
+    grad_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape, dtype=grad_dtype)
+    return loss, x.new_empty(x.shape), grad_weight, grad_bias
 
 
 dispatch.define(
     "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor targets,"
     " int ignore_index, float label_smoothing, float z_loss, bool mean, bool mostly_ignored,"
-    " bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    " ScalarType? grad_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_fwd,
     fake=_fwd_fake,
     native=("cpu",),
@@ -67,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.settings_count = len(settings)
         loss, *grads = torch.ops.fastformer.linear_cross_entropy_fwd.default(
-            *_cast_weights(x, weight, bias, *settings), True
+            *_cast_weights(x, weight, bias, *settings), grad_dtype(weight, x.dtype)
         )
         ctx.save_for_backward(*grads)
         return loss
@@ -99,7 +100,7 @@ def _may_give_away(grad_loss: Tensor) -> bool:
 
 
 def _as_it_is(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    return to_master(grad, dtype)
+    return grad.to(dtype)
 
 
 def _scaled(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
@@ -204,10 +205,11 @@ def linear_cross_entropy(
     )
     if needs_grad(x, weight, bias):
         return _LinearCrossEntropy.apply(*distinct(args))
-    return torch.ops.fastformer.linear_cross_entropy_fwd.default(*_cast_weights(*args), False)[0]
+    return torch.ops.fastformer.linear_cross_entropy_fwd.default(*_cast_weights(*args), None)[0]
 
 
 @dispatch.explainer("linear_cross_entropy")
 def _explain(*args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    raw = _cast_weights(*_prepare(*args, **kwargs))
-    return [("linear_cross_entropy_fwd", (*raw, True))]
+    args = _prepare(*args, **kwargs)
+    wide = grad_dtype(args[1], args[0].dtype)
+    return [("linear_cross_entropy_fwd", (*_cast_weights(*args), wide))]

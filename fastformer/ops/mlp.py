@@ -26,7 +26,7 @@ from fastformer.ops.arguments import (
     distinct,
     needs_grad,
 )
-from fastformer.ops.weight_copies import cast, to_master
+from fastformer.ops.weight_copies import cast, grad_dtype
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
@@ -41,12 +41,13 @@ def _fwd_fake(
 def _bwd_fake(
     grad_out: Tensor, x: Tensor, w1: Tensor, w2: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, grad_dtype = rest
     return (
         x.new_empty(x.shape),
-        w1.new_empty(w1.shape),
-        w1.new_empty(w1.shape[0]),
-        w2.new_empty(w2.shape),
-        w2.new_empty(w2.shape[0]),
+        w1.new_empty(w1.shape, dtype=grad_dtype),
+        w1.new_empty(w1.shape[0], dtype=grad_dtype),
+        w2.new_empty(w2.shape, dtype=grad_dtype),
+        w2.new_empty(w2.shape[0], dtype=grad_dtype),
     )
 
 
@@ -87,7 +88,8 @@ dispatch.define(
 )
 dispatch.define(
     "mlp_bwd(Tensor grad_out, Tensor x, Tensor w1, Tensor w2, Tensor pre, bool tanh,"
-    " float dropout_p, Tensor? rng, int site) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float dropout_p, Tensor? rng, int site, ScalarType grad_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.mlp_bwd,
     fake=_bwd_fake,
     native=("cpu", "cuda"),
@@ -114,6 +116,7 @@ class _MLP(torch.autograd.Function):
         site: int,
     ) -> Tensor:
         ctx.dtypes = tuple(None if w is None else w.dtype for w in (w1, b1, w2, b2))
+        ctx.grad_dtype = grad_dtype(w1, x.dtype)
         args = _cast_weights(x, w1, b1, w2, b2, tanh, dropout_p, rng, site)
         _, w1, _, w2, *_ = args
         out, pre = torch.ops.fastformer.mlp_fwd.default(*args)
@@ -127,10 +130,10 @@ class _MLP(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         *saved, rng = ctx.saved_tensors
         grad_x, *grads = torch.ops.fastformer.mlp_bwd.default(
-            grad_out, *saved, *ctx.settings, rng, ctx.site
+            grad_out, *saved, *ctx.settings, rng, ctx.site, ctx.grad_dtype
         )
         typed = (
-            None if dtype is None else to_master(grad, dtype)
+            None if dtype is None else grad.to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
         return grad_x, *typed, None, None, None, None

@@ -394,11 +394,6 @@ def add_layer_norm_bwd(
 # ---- linear ----
 
 
-def to_float32(x: Tensor) -> Tensor:
-    """x (bfloat16), of any shape, in float32."""
-    return x.float()
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is not known when C is 0
 
@@ -410,11 +405,13 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
 
 
-def linear_bwd(grad_out: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
+def linear_bwd(
+    grad_out: Tensor, x: Tensor, weight: Tensor, grad_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and, in `grad_dtype`, which is float32 or that of x, of weight and bias."""
     rows, grad = _rows(x), _rows(grad_out)
-    grad_bias = grad.sum(0, dtype=accumulator(x.dtype)).to(weight.dtype)
-    return (grad @ weight).view(x.shape), grad.t() @ rows, grad_bias
+    grad_bias = grad.sum(0, dtype=accumulator(x.dtype)).to(grad_dtype)
+    return (grad @ weight).view(x.shape), (grad.t() @ rows).to(grad_dtype), grad_bias
 
 
 # ---- MLP ----
@@ -461,8 +458,12 @@ def mlp_bwd(
     dropout_p: float,
     rng: Tensor | None,
     site: int,
+    grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1, w2 and b2; the hidden activation is recomputed."""
+    """Gradients of x and, in `grad_dtype`, which is float32 or that of x, of w1, b1, w2 and b2.
+
+    The hidden activation is recomputed.
+    """
     rows, grad = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, w2.shape[0])
     hidden, factor = _hidden(pre, tanh, dropout_p, rng, site)
     grad_hidden = (grad @ w2).to(hidden.dtype)
@@ -473,10 +474,10 @@ def mlp_bwd(
     ).to(x.dtype)
     return (
         (grad_pre @ w1).view(x.shape),
-        grad_pre.t() @ rows,
-        grad_pre.sum(0, dtype=hidden.dtype).to(x.dtype),
-        grad.t() @ hidden.to(x.dtype),
-        grad.sum(0, dtype=hidden.dtype).to(x.dtype),
+        (grad_pre.t() @ rows).to(grad_dtype),
+        grad_pre.sum(0, dtype=hidden.dtype).to(grad_dtype),
+        (grad.t() @ hidden.to(x.dtype)).to(grad_dtype),
+        grad.sum(0, dtype=hidden.dtype).to(grad_dtype),
     )
 
 
@@ -495,15 +496,16 @@ def linear_cross_entropy_fwd(
     z_loss: float,
     mean: bool,
     mostly_ignored: bool,
-    needs_grad: bool,
+    grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss (scalar) and, when asked for, its gradients of x, weight and bias (else empty; that
-    of the bias also where there is none). `mostly_ignored` changes nothing but speed elsewhere.
+    """The loss (scalar) and, unless `grad_dtype` is None, its gradients: of x and, in that dtype,
+    which is float32 or that of x, of weight and bias. Those not asked for are empty, and that of
+    a bias that there is not. `mostly_ignored` changes nothing but speed elsewhere.
 
     Only rows whose target counts are multiplied, a chunk at a time, and a chunk's logits become
     their own gradient, so that the whole (N, V) matrix never exists.
     """
-    acc = accumulator(x.dtype)
+    acc, needs_grad = accumulator(x.dtype), grad_dtype is not None
     V = weight.shape[0]
     rows = (targets != ignore_index).nonzero().squeeze(1)
     if x.device.type == "cpu" and rows.numel():
@@ -531,8 +533,7 @@ def linear_cross_entropy_fwd(
             grad = grad.to(x.dtype)
             grad_x[index] = grad @ weight
             grad_w += grad.t() @ chunk
-    bias_dtype = x.dtype if bias is None else bias.dtype
-    return loss, grad_x, grad_w.to(weight.dtype), grad_b.to(bias_dtype)
+    return loss, grad_x, grad_w.to(grad_dtype or x.dtype), grad_b.to(grad_dtype or x.dtype)
 
 
 def _check_targets(targets: Tensor, V: int) -> None:

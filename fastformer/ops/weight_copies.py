@@ -19,15 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastformer.ops import dispatch, reference
-
-dispatch.define(
-    "to_float32(Tensor x) -> Tensor",
-    reference=reference.to_float32,
-    fake=lambda x: x.new_empty(x.shape, dtype=torch.float32),
-    native=("cpu",),
-)
-
 _copies: Any = WeakTensorKeyDictionary()  # master -> weak reference to its WeightCopy
 
 
@@ -61,8 +52,9 @@ def cast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return weight.to(dtype)
 
 
-def to_master(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the gradient of a copy, computed in low precision, in the `dtype` of its master."""
-    if grad.dtype == torch.bfloat16 and dtype == torch.float32:
-        return torch.ops.fastformer.to_float32.default(grad)
-    return grad.to(dtype)
+def grad_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What an op that computes in `dtype` shall give the gradient of `weight` in.
+
+    A float32 master takes the float32 sums of the product, which are thus never rounded.
+    """
+    return torch.float32 if weight.dtype == torch.float32 else dtype

@@ -251,9 +251,8 @@ def raw_calls():
         weight, bias = torch.randn(5, 8).to(dtype), torch.randn(5).to(dtype)
         for one in (bias, None):
             yield "linear_fwd", (x, weight, one)
-        yield "linear_bwd", (torch.randn(2, 3, 5).to(dtype), x, weight)
-        if dtype == torch.bfloat16:
-            yield "to_float32", (x,)
+        for grad_dtype in {dtype, torch.float32}:
+            yield "linear_bwd", (torch.randn(2, 3, 5).to(dtype), x, weight, grad_dtype)
 
         w1, b1, w2, b2 = (torch.randn(shape).to(dtype) for shape in ((16, 8), (16,), (4, 16), (4,)))
         for biases, settings in (
@@ -263,15 +262,16 @@ def raw_calls():
             call = (x, w1, biases[0], w2, biases[1], *settings)
             yield "mlp_fwd", call
             out, pre = torch.ops.fastformer.mlp_fwd.default(*call)
-            yield "mlp_bwd", (out, x, w1, w2, pre, *settings)
+            for grad_dtype in {dtype, torch.float32}:
+                yield "mlp_bwd", (out, x, w1, w2, pre, *settings, grad_dtype)
 
         rows, table, targets = x.flatten(0, 1), torch.randn(9, 8).to(dtype), torch.arange(6) - 1
         for one, settings in (
             (None, (-1, 0.0, 0.0, True, False)),
             (table[:, 0].clone(), (-1, 0.1, 0.1, False, True)),
         ):
-            for needs_grad in (False, True):
-                call = (rows, table, one, targets, *settings, needs_grad)
+            for grad_dtype in {None, dtype, torch.float32}:
+                call = (rows, table, one, targets, *settings, grad_dtype)
                 yield "linear_cross_entropy_fwd", call
     yield "dropout_mask", (5, 9, 0.3, RNG, 2)
 

@@ -113,7 +113,7 @@ def test_every_public_op_can_be_explained():
     assert calls.keys() == set(ops.__all__) - not_ops
     raw = {name for op, call in calls.items() for name in ops.explain(op, *call).chosen}
     # Those of the optimiser and of the gradients of its copies.
-    assert raw == dispatch.automatic("cpu").keys() - {"adamw_step", "to_float32"}
+    assert raw == dispatch.automatic("cpu").keys() - {"adamw_step"}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def products(x, weight, grad):
     """x weight^T, grad weight and grad^T x."""
     ops = torch.ops.fastformer
-    return ops.linear_fwd.cpu(x, weight, None), *ops.linear_bwd.cpu(grad, x, weight)[:2]
+    return ops.linear_fwd.cpu(x, weight, None), *ops.linear_bwd.cpu(grad, x, weight, x.dtype)[:2]
 
 
 def integers(*shape, dtype):
@@ -43,6 +43,22 @@ def test_whole_numbers_give_exact_products(rows, C, C_out, dtype):
     exact = *exact, grad.double().t() @ x.double()
     for found, expected in zip(products(x, weight, grad), exact, strict=True):
         assert torch.equal(found, expected.to(dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [15, 200, 1100])
+@pytest.mark.parametrize(("C", "C_out"), [(1, 1), (15, 17), (130, 127), (64, 1100)])
+def test_float32_gradients_of_bfloat16_are_not_rounded(rows, C, C_out):
+    """Those of our own product, that is: what the libraries give is rounded before."""
+    x, weight = integers(rows, C, dtype=torch.bfloat16), integers(C_out, C, dtype=torch.bfloat16)
+    grad = integers(rows, C_out, dtype=torch.bfloat16)
+    results = torch.ops.fastformer.linear_bwd.cpu(grad, x, weight, torch.float32)
+    for found, exact in zip(
+        results[1:], (grad.double().t() @ x.double(), grad.double().sum(0)), strict=True
+    ):
+        rounded = exact.to(torch.bfloat16).float()
+        assert found.dtype == torch.float32
+        assert torch.equal(found, exact.float()) or torch.equal(found, rounded)
 
 
 @needs_kernels

@@ -67,7 +67,7 @@ def good(op):
         given = {"x": torch.randn(N, C), "weight": torch.randn(V, C), "bias": torch.randn(V)}
         given |= {"targets": torch.randint(V, (N,)), "ignore_index": -100}
         given |= {"label_smoothing": 0.1, "z_loss": 0.1, "mean": True}
-        given |= {"mostly_ignored": False, "needs_grad": True}
+        given |= {"mostly_ignored": False, "grad_dtype": F32}
     if not op.endswith("_bwd"):
         return given
     with fastformer.backend("reference"):
@@ -77,13 +77,14 @@ def good(op):
     names |= {"layer_norm": ("out", "mean", "rstd"), "linear": ("out",)}
     names |= {"add_layer_norm": ("out", "new_residual", "mean", "rstd")}
     known = given | dict(zip(names[base], results, strict=True))
-    known |= {"grad_out": torch.randn_like(known["out"]), "x_dtype": F32}
+    known |= {"grad_out": torch.randn_like(known["out"]), "x_dtype": F32, "grad_dtype": F32}
     known["grad_new_residual"] = torch.randn(N, C)
     settings = {
         "attention": ("key_lengths", "causal", "scale", *rng),
         "attention_varlen": (*list(given)[3:],),
         "add_layer_norm": ("x_dtype", *rng),
-        "mlp": ("tanh", *rng),
+        "mlp": ("tanh", *rng, "grad_dtype"),
+        "linear": ("grad_dtype",),
     }
     return {name: known[name] for name in ("grad_out", *saved, *settings.get(base, ()))}
 
@@ -259,18 +260,27 @@ def test_longest_lengths_that_are_wrong_break_nothing(op, longest):
 
 @cases(["linear_cross_entropy_fwd"])
 @pytest.mark.parametrize("target", [V, -1, 2**40, -(2**63)])
-@pytest.mark.parametrize("needs_grad", [True, False])
-def test_targets_outside_the_vocabulary_are_refused(op, target, needs_grad):
-    arguments = good(op) | {"needs_grad": needs_grad}
+@pytest.mark.parametrize("grad_dtype", [F32, None], ids=["gradients", "loss"])
+def test_targets_outside_the_vocabulary_are_refused(op, target, grad_dtype):
+    arguments = good(op) | {"grad_dtype": grad_dtype}
     arguments["targets"][N // 2] = target
     assert outcome(op, arguments) is None
 
 
-@cases(["layer_norm_fwd", "add_layer_norm_fwd", "add_layer_norm_bwd"])
+TYPED = {
+    "layer_norm_fwd": "out_dtype",
+    "add_layer_norm_fwd": "out_dtype",
+    "add_layer_norm_bwd": "x_dtype",
+    "linear_bwd": "grad_dtype",
+    "mlp_bwd": "grad_dtype",
+    "linear_cross_entropy_fwd": "grad_dtype",
+}
+
+
+@cases(TYPED)
 @pytest.mark.parametrize("dtype", [I64, torch.float64, torch.complex64])
 def test_results_of_another_type_are_refused(op, dtype):
-    name = "x_dtype" if op.endswith("_bwd") else "out_dtype"
-    assert outcome(op, good(op) | {name: dtype}) is None
+    assert outcome(op, good(op) | {TYPED[op]: dtype}) is None
 
 
 @cases(["dropout_mask"])

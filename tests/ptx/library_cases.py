@@ -64,13 +64,13 @@ def _mlp(dtype: torch.dtype, tanh: bool, drops: bool) -> None:
     b1, b2 = w1[:, 0].contiguous(), w2[:, 0].contiguous()
     settings = (tanh, 0.1, meta(2, dtype=torch.int64), 1) if drops else (tanh, 0.0, None, 0)
     mlp.mlp_fwd(x, w1, b1, w2, b2, *settings)
-    mlp.mlp_bwd(x, x, w1, w2, hidden, *settings)
+    mlp.mlp_bwd(x, x, w1, w2, hidden, *settings, dtype)
 
 
 def _cross_entropy(dtype: torch.dtype, smoothing: float) -> None:
     x, weight = meta(4096, 768, dtype=dtype), meta(50257, 768, dtype=dtype)
     targets = meta(4096, dtype=torch.int64)
-    settings = (-100, smoothing, 0.0, True, False, True)
+    settings = (-100, smoothing, 0.0, True, False, dtype)
     linear_cross_entropy.linear_cross_entropy_fwd(x, weight, None, targets, *settings)
 
 
@@ -78,7 +78,7 @@ def _counted_rows(backward: bool) -> None:
     """A head with a bias whose rows are mostly ignored: its loss, or the gradients' products."""
     x, weight, targets = meta(4096, 768), meta(30522, 768), meta(4096, dtype=torch.int64)
     if not backward:
-        settings = (-100, 0.0, 0.0, True, True, False)
+        settings = (-100, 0.0, 0.0, True, True, None)
         linear_cross_entropy.linear_cross_entropy_fwd(x, weight, weight[:, 0], targets, *settings)
         return
     rows = counted_rows.CountedRows(x, meta(30522, 784), targets, -100, several=False)
