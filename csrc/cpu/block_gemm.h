@@ -205,6 +205,23 @@ void pack_columns_exact(const T *src, int64_t stride, int64_t rows, int64_t unit
                       out + u * width + i, width);
   }
 }
+#elif defined(__AVX2__)
+inline void transpose(Vec (&r)[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2; ++j) {
+      u[4 * i + 2 * j] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + j + 2], 0x44);
+      u[4 * i + 2 * j + 1] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = (Vec)_mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    r[i + 4] = (Vec)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
 #endif
 
 template <class T>
@@ -218,6 +235,20 @@ void pack_columns(const T *src, int64_t stride, int64_t rows, int64_t D, float f
         store(out + i, load(out + i) * factor);
     return;
   }
+#elif defined(__AVX2__)
+  for (int64_t i = 0; i < width; i += kLanes)
+    for (int64_t d = 0; d < D; d += kLanes) {
+      const int64_t columns = D - d < kLanes ? D - d : kLanes;
+      Vec r[kLanes];
+      for (int j = 0; j < kLanes; ++j) {
+        const T *row = src + (i + j) * stride + d;
+        r[j] = i + j >= rows ? zero() : columns == kLanes ? load(row) : load(row, columns);
+      }
+      transpose(r);
+      for (int j = 0; j < columns; ++j)
+        store(out + (d + j) * width + i, r[j] * factor);
+    }
+  return;
 #endif
   for (int64_t d = 0; d < D; ++d)
     for (int64_t i = rows; i < width; ++i)

@@ -1,9 +1,9 @@
 // A block of rows at a time against panels of B, a part of the depth after the other. Rows that lie
 // ready are taken with one panel after the other: they stay in the second-level cache, the panels
-// come from there or the third. Rows that have to be packed, as those of a transposed matrix, are
-// packed for a part of the depth, which stays in that cache too, and taken with a group of panels.
-// A chain of additions is no longer than kDepth, so that float32 is as exact as MKL's; such sums
-// are then added up.
+// come from there or the third. Rows that have to be packed, as those of a transposed matrix and
+// bfloat16 where it is multiplied as float32, are packed for a part of the depth, which stays in
+// that cache too, and taken with a group of panels. A chain of additions is no longer than kDepth,
+// so that float32 is as exact as MKL's; such sums are then added up.
 #include "cpu/gemm.h"
 #include "cpu/bf16.h"
 #include "cpu/block_gemm.h"
@@ -80,17 +80,20 @@ template <class Out> struct Result {
   }
 };
 
-bool packs_rows(const Gemm &g) { return g.a_col != 1; }
+// Whether T is multiplied as something wider.
+template <class T> constexpr bool kWidens = sizeof(Unit<T>) > sizeof(T) * kPerUnit<Unit<T>>;
 
-int64_t group_of(const Gemm &g, int64_t pieces) {
-  return !packs_rows(g) ? 1 : pieces < kGroup ? pieces : kGroup;
+template <class T> bool packs_rows(const Gemm &g) { return kWidens<T> || g.a_col != 1; }
+
+template <class T> int64_t group_of(const Gemm &g, int64_t pieces) {
+  return !packs_rows<T>(g) ? 1 : pieces < kGroup ? pieces : kGroup;
 }
 
 constexpr int64_t kPackedRowsBytes = kMaxBlockRows * kDepth * static_cast<int64_t>(sizeof(float));
 
-[[maybe_unused]] int64_t scratch_bytes(const Gemm &g, int64_t pieces) {
+template <class T> int64_t scratch_bytes(const Gemm &g, int64_t pieces) {
   const int64_t sums = kMaxBlockRows * kPanel * static_cast<int64_t>(sizeof(float));
-  return group_of(g, pieces) * sums + (packs_rows(g) ? kPackedRowsBytes : 0);
+  return group_of<T>(g, pieces) * sums + (packs_rows<T>(g) ? kPackedRowsBytes : 0);
 }
 
 // Part of a transposed matrix, as short pieces of many of its rows: no hardware guesses where the
@@ -126,27 +129,32 @@ void multiply_group(const Gemm &g, void *scratch, int64_t row, int64_t begin, in
   const T *a = static_cast<const T *>(g.a) + row * g.a_row;
   U *packed = static_cast<U *>(scratch);
   float *sums = static_cast<float *>(scratch) +
-                (packs_rows(g) ? kPackedRowsBytes / static_cast<int64_t>(sizeof(float)) : 0);
+                (packs_rows<T>(g) ? kPackedRowsBytes / static_cast<int64_t>(sizeof(float)) : 0);
   Product<U> p{};
   p.ldb = kPanel;
   for (int64_t from = 0; from < depth; from += kDepth) {
     const bool is_last = depth - from <= kDepth;
     p.depth = is_last ? depth - from : kDepth;
-    if (packs_rows(g)) {
-      const int64_t k = from * kPerUnit<U>, elements = g.K - k < part ? g.K - k : part;
+    const int64_t k = from * kPerUnit<U>, elements = g.K - k < part ? g.K - k : part;
+    if (g.a_col != 1) {
       pack_rows(a + k * g.a_col, g.a_col, elements, rows, packed, kMaxBlockRows);
       p.a = packed;
       p.a_row = 1;
       p.a_col = kMaxBlockRows;
+    } else if constexpr (kWidens<T>) {
+      pack_rows(a + k, g.a_row, rows, elements, packed, kDepth);
+      p.a = packed;
+      p.a_row = kDepth;
+      p.a_col = 1;
     } else {
       p.a = reinterpret_cast<const U *>(a) + from;
       p.a_row = g.a_row / kPerUnit<U>;
       p.a_col = 1;
     }
-    const int64_t next_k = is_last ? 0 : from * kPerUnit<U> + part;
+    const int64_t next_k = is_last ? 0 : k + part;
     const T *next = is_last ? next_row < 0 ? nullptr : static_cast<const T *>(g.a) + next_row
                             : a + next_k * g.a_col;
-    Ahead ahead(packs_rows(g) ? next : nullptr, g.a_col, g.K - next_k < part ? g.K - next_k : part,
+    Ahead ahead(g.a_col != 1 ? next : nullptr, g.a_col, g.K - next_k < part ? g.K - next_k : part,
                 rows, (end - begin) * ((rows + kStep - 1) / kStep));
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t col = panel * kPanel, cols = g.N - col < kPanel ? g.N - col : kPanel;
@@ -177,7 +185,7 @@ void multiply_group(const Gemm &g, void *scratch, int64_t row, int64_t begin, in
 
 template <class T, class Out>
 void multiply(const Gemm &g, void *scratch, int64_t begin, int64_t end) {
-  const int64_t panels = (g.N + kPanel - 1) / kPanel, most = group_of(g, end - begin);
+  const int64_t panels = (g.N + kPanel - 1) / kPanel, most = group_of<T>(g, end - begin);
   while (begin < end) {
     const int64_t first = begin % panels;
     int64_t count = end - begin < most ? end - begin : most;
@@ -196,17 +204,10 @@ const GemmKernels gemm_kernels = {
     kPanel,
     kMaxBlockRows,
     kTileRows<kMaxVectors>,
-#if defined(__AVX512BF16__)
-    {sizeof(float), sizeof(bf16)},
+    kWidens<bf16>,
     {pack<float>, pack<bf16>},
     {{multiply<float, float>, nullptr}, {multiply<bf16, float>, multiply<bf16, bf16>}},
-    scratch_bytes,
-#elif defined(__AVX512BW__)
-    {sizeof(float), 0},
-    {pack<float>, nullptr},
-    {{multiply<float, float>, nullptr}, {nullptr, nullptr}},
-    scratch_bytes,
-#endif // with AVX2 the libraries are as fast
+    {scratch_bytes<float>, scratch_bytes<bf16>},
 };
 
 } // namespace fastformer::cpu::FASTFORMER_ISA

@@ -9,8 +9,8 @@
 namespace fastformer::cpu {
 
 // A (M, K) and B (K, N) have stride 1 in one of their dimensions, `out` (M, N) in its second; all
-// strides are in elements. In bfloat16 K and a_row must be even where a_col is 1, and K where b_row
-// is 1.
+// strides are in elements. In bfloat16 that is not widened, K and a_row must be even where a_col is
+// 1, and K where b_row is 1.
 struct Gemm {
   int64_t M, N, K;
   const void *a;
@@ -25,20 +25,19 @@ struct Gemm {
   void *packed;       // packed_bytes, for B
 };
 
-// Sizes, and the kernels by whether the operands are bfloat16 rather than float32; null where this
-// instruction set has none.
+// Sizes, and the kernels by whether the operands are bfloat16 rather than float32.
 struct GemmKernels {
   int64_t panel_cols, max_block_rows, tile_rows;
-  int64_t bytes_per_element[2]; // of a packed operand
+  bool widens_bf16; // to float32, as this instruction set does not multiply bfloat16
 
   // Packs the panels [begin, end) of B.
   void (*pack[2])(const Gemm &, int64_t begin, int64_t end);
 
   // The pieces of work [begin, end), of which number row_block * panels + panel is a block of rows
   // times a panel. `scratch` has scratch_bytes(end - begin). The second index says whether `out` is
-  // bfloat16 rather than float32.
+  // bfloat16 rather than float32, which it is not if the operands are float32.
   void (*multiply[2][2])(const Gemm &, void *scratch, int64_t begin, int64_t end);
-  int64_t (*scratch_bytes)(const Gemm &, int64_t pieces);
+  int64_t (*scratch_bytes[2])(const Gemm &, int64_t pieces);
 
   int64_t panels(const Gemm &g) const { return (g.N + panel_cols - 1) / panel_cols; }
 
@@ -49,7 +48,8 @@ struct GemmKernels {
     return (tiles + blocks - 1) / blocks * tile_rows;
   }
   int64_t packed_bytes(const Gemm &g, int type) const {
-    return panels(g) * panel_cols * (g.K + g.K % 2) * bytes_per_element[type];
+    const int64_t bytes = type == 0 || widens_bf16 ? 4 : 2;
+    return panels(g) * panel_cols * (g.K + g.K % 2) * bytes;
   }
 };
 

@@ -14,41 +14,64 @@
 namespace fastformer {
 namespace {
 
-constexpr int64_t kLeastRows = 16; // with fewer, packing the other operand does not pay
+enum class Choice { own, library, measured };
 
-// Whether our kernels may run at all. They are measured on AMD cores with AVX-512, where they take
-// 9 to 20 % less time than MKL in float32 and 5 to 8 % less than oneDNN in bfloat16. On Intel's
-// cores these libraries are at home, and AMX is theirs alone.
-bool chosen() {
-  static const bool own = [] {
+Choice asked() {
+  static const Choice choice = [] {
     const char *setting = std::getenv("FASTFORMER_CPU_GEMM");
     const std::string asked = setting == nullptr ? "" : setting;
-    if (asked == "own" || asked == "library")
-      return asked == "own";
-    if (!asked.empty())
+    if (asked.empty())
+      return Choice::measured;
+    if (asked != "own" && asked != "library")
       throw std::invalid_argument("FASTFORMER_CPU_GEMM must be own, library or unset, got " +
                                   asked);
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
-#else
-    return false;
-#endif
+    return asked == "own" ? Choice::own : Choice::library;
   }();
-  return own;
+  return choice;
+}
+
+#if defined(__x86_64__)
+bool libraries_lack_bf16() {
+  __builtin_cpu_init();
+  static const bool lack = !__builtin_cpu_supports("avx512f");
+  return lack;
+}
+bool is_amd() {
+  __builtin_cpu_init();
+  static const bool amd = __builtin_cpu_is("amd");
+  return amd;
+}
+#else
+bool libraries_lack_bf16() { return false; }
+bool is_amd() { return false; }
+#endif
+
+// Whether our kernels are the faster ones, for `rows` of A. On AMD cores with AVX-512 they take 9
+// to 20 % less time than MKL in float32 and 5 to 8 % less than oneDNN in bfloat16. On Intel's cores
+// these libraries are at home, and AMX is theirs alone. Without AVX-512 they have no kernel for
+// bfloat16, and PyTorch multiplies such matrices ten to thirty times slower than float32.
+bool wins(int type, int64_t rows, const cpu::GemmKernels &kernels) {
+  const bool is_bf16 = type == 1;
+  if (libraries_lack_bf16())
+    return is_bf16 && rows >= 4;
+  return is_amd() && !(is_bf16 && kernels.widens_bf16) && rows >= 16;
+}
+
+bool chosen(int type, int64_t rows, const cpu::GemmKernels &kernels) {
+  return asked() == Choice::own || (asked() == Choice::measured && wins(type, rows, kernels));
 }
 
 // Whether bfloat16 pairs lie side by side: those of neighbouring columns, in even rows.
 bool has_pairs(int64_t K, int64_t row) { return K % 2 == 0 && row % 2 == 0; }
 
 bool suits(const cpu::Gemm &g, int type, const cpu::GemmKernels &kernels) {
-  if (!chosen() || kernels.pack[type] == nullptr || g.M < kLeastRows || g.N == 0 || g.K == 0)
+  if (!chosen(type, g.M, kernels) || g.M == 0 || g.N == 0 || g.K == 0)
     return false;
   if ((g.a_col != 1 && g.a_row != 1) || (g.b_col != 1 && g.b_row != 1))
     return false;
   const bool even_a = g.a_col != 1 || has_pairs(g.K, g.a_row);
   const bool even_b = g.b_col == 1 || has_pairs(g.K, 0);
-  return type == 0 || (even_a && even_b);
+  return type == 0 || kernels.widens_bf16 || (even_a && even_b);
 }
 
 // Returns false where the kernel cannot, or should not, take this product.
@@ -79,7 +102,7 @@ bool multiply(const Tensor &out, const Tensor &a, const Tensor &b, const float *
   torch::stable::parallel_for(
       0, panels, 1, [&](int64_t begin, int64_t end) { kernels.pack[type](g, begin, end); });
   torch::stable::parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) {
-    const Tensor scratch = floats_for(kernels.scratch_bytes(g, end - begin));
+    const Tensor scratch = floats_for(kernels.scratch_bytes[type](g, end - begin));
     kernels.multiply[type][out_type](g, scratch.mutable_data_ptr(), begin, end);
   });
   return true;
