@@ -41,7 +41,12 @@ def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     )
     if benchmark.of_models:
         add("--dropout", type=float, default=0.0, help="of attention weights, branches, embeddings")
-        add("--precision", choices=("both", "float32", "bfloat16"), default="both")
+        add(
+            "--precision",
+            choices=("both", "float32", "bfloat16", "float32-rivals"),
+            default="both",
+            help="float32-rivals: ours in both",
+        )
         add("--no-memory", dest="memory", action="store_false", help="leave out peak memory")
         add(
             "--libraries",

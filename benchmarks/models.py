@@ -39,7 +39,8 @@ def chosen(options: Options, compile: bool, kind: str | None = None) -> dict[str
     On a CPU naive float32, which all are compared with, is always one of them. On a GPU it would
     take the memory and the time of several others, and naive code is not compiled.
     """
-    dtypes = {"float32": (torch.float32,), "bfloat16": (torch.bfloat16,)}
+    both = torch.float32, torch.bfloat16
+    dtypes = {"float32": both[:1], "bfloat16": both[1:]}
 
     def runs(name: str, variant: Variant) -> bool:
         if variant.is_library and not (options.libraries or options.on_gpu):
@@ -50,7 +51,9 @@ def chosen(options: Options, compile: bool, kind: str | None = None) -> dict[str
             return True
         if variant.compile and (not compile or (options.on_gpu and variant.kind == "naive")):
             return False
-        return variant.dtype in dtypes.get(options.precision, (torch.float32, torch.bfloat16))
+        if options.precision == "float32-rivals":
+            return variant.kind == "ours" or variant.dtype == torch.float32
+        return variant.dtype in dtypes.get(options.precision, both)
 
     return {name: variant for name, variant in VARIANTS.items() if runs(name, variant)}
 

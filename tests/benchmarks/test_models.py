@@ -16,7 +16,7 @@ from benchmarks.bench_training_step import BENCHMARK as TRAINING_STEP
 from benchmarks.cases import CASES
 from benchmarks.command import main
 from benchmarks.gate import WrongResult, check_close
-from benchmarks.harness import Row
+from benchmarks.harness import Options, Row
 from benchmarks.steps import VARIANTS, LinearProducts, Trainer, linear_layers
 from benchmarks.workers import Job, Served, Worker
 
@@ -160,6 +160,12 @@ def test_the_command_writes_what_it_promises(measured, tmp_path, capsys) -> None
     assert result["machine"]["allocator"] == "default"
     assert capsys.readouterr().out.count("tiny-gpt") == 3
     assert (tmp_path / f"{measured.name}.png").exists()
+
+
+def test_rivals_may_stay_in_float32() -> None:
+    names = set(models.chosen(Options(precision="float32-rivals"), compile=True))
+    rivals = {"naive", "eager", "compile-naive", "compile-eager"}
+    assert names == rivals | {"fastformer", "fastformer-bf16", "gemm"}
 
 
 @pytest.mark.usefixtures("no_processes")
