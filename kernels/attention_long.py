@@ -155,8 +155,10 @@ def _attention_long_fwd_kernel(
 def launch_options(D: int, size: int, dropout: bool) -> dict[str, int]:
     """Tiles whose registers do not spill; `size` is that of an element, in bytes."""
     small = D <= 64
-    if size == 4:  # three products of tf32 for one, and twice the registers
-        tile = {"BLOCK_M": 64 if small else 32, "BLOCK_N": 32, "num_warps": 8 if dropout else 4}
+    if size == 4 and small:  # three products of tf32 for one, and twice the registers
+        tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8 if dropout else 4}
+    elif size == 4:
+        tile = {"BLOCK_M": 16 if dropout else 32, "BLOCK_N": 32, "num_warps": 4}
     else:
         tile = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8}
     stages = 3 if small and size == 2 else 2

@@ -33,7 +33,7 @@ from fastformer.kernels.attention_blocks import (
     strides,
 )
 from fastformer.kernels.dropout import dropout_state, keep_mask
-from fastformer.kernels.launch import CachedLaunch, cdiv
+from fastformer.kernels.launch import CachedLaunch, architecture, cdiv
 
 
 @triton.jit
@@ -275,21 +275,36 @@ def _attention_long_bwd_kv_kernel(
 
 
 @lru_cache(maxsize=64)
-def launch_options(D: int, size: int, dropout: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """Tiles of the kernels for grad_q and for grad_k and grad_v whose registers do not spill, but
-    those of float32 at D > 64; `size` is that of an element, in bytes."""
+def launch_options(
+    arch: int, D: int, size: int, causal: bool, dropout: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Tiles of the kernels for grad_q and for grad_k and grad_v whose registers do not spill;
+    `size` is that of an element, in bytes."""
     small = D <= 64
-    if size == 4:
-        of_q = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4 if small and not dropout else 8}
+    stages = 2
+    if size == 4 and small:
+        of_q = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8 if dropout else 4}
         of_kv = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8}
+    elif size == 4:  # keys and values in registers, each as two numbers of tf32, nearly fill them
+        of_q = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
+        of_kv = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8 if dropout else 4}
+        stages = 1
     else:
         block_n = 64 if small and not dropout else 32
         of_q = {"BLOCK_M": 128, "BLOCK_N": block_n, "num_warps": 8}
-        of_kv = {"BLOCK_M": 32, "BLOCK_N": 128 if small else 64, "num_warps": 8}
-        if not small and not dropout:
-            of_kv["num_warps"] = 4
-    shared = {"D": D, "BLOCK_D": head_block(D), "num_stages": 2}
-    return shared | of_q, shared | of_kv
+        has_tensor_memory = 100 <= arch < 120  # where a thread of dropout is left 128 registers
+        if small and not (dropout and has_tensor_memory):
+            of_kv = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8}
+        elif small or not dropout or has_tensor_memory:
+            of_kv = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4}
+        elif arch == 90:
+            of_kv = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4}
+        else:
+            of_kv = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8}
+        if dropout and arch == 90 and not causal:
+            stages = 1  # with two, ptxas runs the wgmma of the loop one by one
+    shared = {"D": D, "BLOCK_D": head_block(D)}
+    return shared | of_q | {"num_stages": 2}, shared | of_kv | {"num_stages": stages}
 
 
 def launch_backward(
@@ -316,7 +331,7 @@ def launch_backward(
     index = (*map(contiguous, cu_seqlens), contiguous(key_lengths), contiguous(rng))
     inputs = (*strides(q), *strides(k), *strides(v))
     numbers = (scale, scale * LOG2_E.value, *dropout, T, S, H)
-    of_q, of_kv = launch_options(D, q.element_size(), rng is not None)
+    of_q, of_kv = launch_options(architecture(q), D, q.element_size(), causal, rng is not None)
     N, pad = q.numel() // (H * D) if H else 0, of_q["BLOCK_M"]
     padded = (N // pad + B) * pad
     lse_log2, delta = q.new_empty(2, H, padded, dtype=torch.float32)

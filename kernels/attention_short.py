@@ -270,7 +270,7 @@ def _bwd_tile(
     is_hopper: bool, dtype: torch.dtype, T: int, D: int, has_dropout: bool
 ) -> tuple[int, ...]:
     if dtype == torch.float32:
-        return (32, 16, 4, 1) if D <= 64 else (16, 16, 4, 1)
+        return (32, 16, 8 if has_dropout else 4, 1) if D <= 64 else (16, 16, 8, 1)
     if D > 64 and not is_hopper:
         return (32, 16, 4, 2) if T <= 64 else (64, 16, 8, 2)
     block_n = 16 if has_dropout else 32

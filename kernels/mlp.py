@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
-from fastformer.kernels.launch import CachedLaunch, cdiv
+from fastformer.kernels.launch import CachedLaunch, architecture, cdiv
 from fastformer.kernels.product import columns, has_tma, matrix, operands, product, tile_of
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -274,6 +274,8 @@ def mlp_bwd(
     hidden = torch.empty_like(grad_pre)
     tma = has_tma(grad, dense_w2)
     options = _launch_options(x.dtype, tma)
+    if tanh and rng is not None and x.element_size() == 2 and architecture(x) >= 100:
+        options = options | {"PART": 16}  # of more columns registers spill there
     tiles_m = cdiv(N, options["BLOCK_M"])
     partial = x.new_empty(tiles_m, F, dtype=torch.float32)
     _mlp_bwd_kernel[(tiles_m * cdiv(F, options["BLOCK_N"]),)](

@@ -90,12 +90,17 @@ def _dropout_mask() -> None:
 
 
 def _attention_long(
-    D: int, causal: bool, dropout_p: float = 0.0, dtype: torch.dtype = torch.bfloat16
+    D: int,
+    causal: bool,
+    dropout_p: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
+    padded: bool = False,
 ) -> None:
     """Both directions of self-attention on one packed projection, 1024 tokens."""
     q, k, v = meta(4, 1024, 3, 12, D, dtype=dtype).unbind(2)
     rng = meta(2, dtype=torch.int64) if dropout_p else None
-    settings = (None, causal, 0.125, dropout_p, rng, 1)
+    lengths = meta(4, dtype=torch.int32) if padded else None
+    settings = (lengths, causal, 0.125, dropout_p, rng, 1)
     out, lse = attention_long.forward(q, k, v, *settings)
     grads = meta(4, 1024, 3, 12, D, dtype=dtype).unbind(2)
     attention_long.backward(out, q, k, v, out, lse, *settings, *grads)
@@ -115,14 +120,14 @@ def _attention_varlen() -> None:
     attention_varlen.attention_varlen_qkvpacked_bwd(out, qkv, out, lse, starts, 1024, *settings)
 
 
-def _attention_decode(D: int) -> None:
-    cache = meta(1, 1024, 12, D)
+def _attention_decode(D: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    cache = meta(1, 1024, 12, D, dtype=dtype)
     attention_decode.forward(cache[:, :1], cache, cache, None, True, 0.125, 0.0, None, 0)
 
 
-def _attention_short(T: int, D: int, causal: bool, dropout_p: float) -> None:
+def _attention_short(T: int, D: int, causal: bool, dropout_p: float, dtype: torch.dtype) -> None:
     """The launches of self-attention on a packed projection of 12 heads."""
-    qkv, out = meta(64, T, 3, 12, D), meta(64, T, 12, D)
+    qkv, out = meta(64, T, 3, 12, D, dtype=dtype), meta(64, T, 12, D, dtype=dtype)
     lse = meta(64, 12, T, dtype=torch.float32)
     rng = meta(2, dtype=torch.int64) if dropout_p else None
     settings = (None, causal, D**-0.5, dropout_p, rng, 1)
@@ -130,14 +135,14 @@ def _attention_short(T: int, D: int, causal: bool, dropout_p: float) -> None:
     attention.attention_qkvpacked_bwd(out, qkv, out, lse, *settings)
 
 
-def _useful_attention_long_flops(record: Resources, D: int, drops: bool) -> list[str]:
-    of_q, of_kv = attention_long_bwd.launch_options(D, 2, drops)
+def _useful_attention_long_flops(record: Resources, D: int, causal: bool, drops: bool) -> list[str]:
+    of_q, of_kv = attention_long_bwd.launch_options(record.arch, D, 2, causal, drops)
     products, tile = {
         "_attention_long_fwd_kernel": (2, attention_long.launch_options(D, 2, drops)),
         "_attention_long_bwd_q_kernel": (3, of_q),
         "_attention_long_bwd_kv_kernel": (4, of_kv),
     }[record.name]
-    useful = products * 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * D
+    useful = products * 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_D"]
     return gates.no_redundant_matrix_work(record, useful)
 
 
@@ -267,8 +272,11 @@ def _mlp_cases(arch: int) -> list[Case]:
         ("mlp-bf16", torch.bfloat16, False, False),
         ("mlp-bf16-tanh", torch.bfloat16, True, False),
         ("mlp-bf16-dropout", torch.bfloat16, False, True),
+        ("mlp-bf16-tanh-dropout", torch.bfloat16, True, True),
         ("mlp-float32", torch.float32, False, False),
     ):
+        if tanh and drops and arch < 100:
+            continue  # only there it has options of its own
         inputs = f"(4096, 768) to 3072 {str(dtype)[6:]}, {'tanh' if tanh else 'erf'}"
         inputs += ", dropout" if drops else ""
         tile = mlp._launch_options(dtype, tma=arch >= 90)
@@ -325,27 +333,41 @@ def _of_counted_rows(record: Resources) -> list[str]:
 
 def _attention_long_cases(arch: int) -> list[Case]:
     cases = []
-    for name, D, options in (
-        ("64-full", 64, {"causal": False}),
-        ("64-causal", 64, {"causal": True}),
-        ("64-dropout", 64, {"causal": True, "dropout_p": 0.1}),
-        ("128-causal", 128, {"causal": True}),
+    for name, D, causal, dropout_p, padded in (
+        ("64-full", 64, False, 0.0, False),
+        ("64-causal", 64, True, 0.0, False),
+        ("64-dropout", 64, True, 0.1, False),
+        ("64-dropout-lengths", 64, False, 0.1, True),
+        ("128-causal", 128, True, 0.0, False),
+        ("80-dropout", 80, True, 0.1, False),
     ):
-        launch = partial(_attention_long, D, **options)
-        useful = partial(_useful_attention_long_flops, D=D, drops="dropout_p" in options)
-        if arch == 100 and "dropout_p" in options:
-            continue  # its backward spills there, at the tiles that suit the others
-        name, inputs = f"attention_long-{name}", f"T 1024, D {name.replace('-', ', ')}"
-        cases.append(triton_case(name, arch, launch, *PRODUCTS, useful, inputs=inputs))
-    launch = partial(_attention_long, 64, True, dtype=torch.float32)
-    name, inputs = "attention_long-64-float32", "T 1024, D 64, causal, float32"
-    cases.append(triton_case(name, arch, launch, inputs=inputs))
+        if padded and arch != 90:
+            continue  # only there it has options of its own
+        launch = partial(_attention_long, D, causal, dropout_p, padded=padded)
+        rules: list[Rule] = [gates.uses_tensor_cores]
+        rules.append(partial(_useful_attention_long_flops, D=D, causal=causal, drops=dropout_p > 0))
+        if not padded:
+            rules.append(gates.copies_asynchronously)
+        inputs = f"T 1024, D {name.replace('-', ', ')}"
+        cases.append(triton_case(f"attention_long-{name}", arch, launch, *rules, inputs=inputs))
+    for name, D, causal, dropout_p in (
+        ("64-float32", 64, True, 0.0),
+        ("64-float32-dropout", 64, True, 0.1),
+        ("128-float32", 128, True, 0.0),
+        ("128-float32-dropout", 128, False, 0.1),
+    ):
+        launch = partial(_attention_long, D, causal, dropout_p, torch.float32)
+        inputs = f"T 1024, D {D}, {'causal, ' * causal}float32{', dropout' * (dropout_p > 0)}"
+        cases.append(triton_case(f"attention_long-{name}", arch, launch, inputs=inputs))
     name, inputs = "attention_varlen", "packed, T up to 1024, D 64, causal"
-    useful = partial(_useful_attention_long_flops, D=64, drops=False)
+    useful = partial(_useful_attention_long_flops, D=64, causal=True, drops=False)
     cases.append(triton_case(name, arch, _attention_varlen, *PRODUCTS, useful, inputs=inputs))
     for D in (64, 128):
         name, inputs = f"attention_decode-{D}", f"T 1, S 1024, D {D}"
         cases.append(triton_case(name, arch, partial(_attention_decode, D), inputs=inputs))
+    launch = partial(_attention_decode, 128, torch.float32)
+    name, inputs = "attention_decode-128-float32", "T 1, S 1024, D 128, float32"
+    cases.append(triton_case(name, arch, launch, inputs=inputs))
     return cases
 
 
@@ -366,19 +388,28 @@ def _attention_hopper_cases() -> list[Case]:
 def _attention_short_cases(arch: int) -> list[Case]:
     """Short sequences: one tile of queries, and the largest of each head dim."""
     cases = []
-    for T, D, causal, dropout_p in (
-        (128, 64, True, 0.0),
-        (512, 64, False, 0.0),
-        (512, 64, True, 0.1),
-        (256, 128, False, 0.0),
+    for T, D, causal, dropout_p, dtype in (
+        (128, 64, True, 0.0, torch.bfloat16),
+        (512, 64, False, 0.0, torch.bfloat16),
+        (512, 64, True, 0.1, torch.bfloat16),
+        (256, 128, False, 0.0, torch.bfloat16),
+        (64, 128, True, 0.1, torch.bfloat16),
+        (128, 64, True, 0.1, torch.bfloat16),
+        (256, 128, True, 0.1, torch.bfloat16),
+        (128, 64, True, 0.0, torch.float32),
+        (128, 64, True, 0.1, torch.float32),
+        (128, 128, True, 0.0, torch.float32),
+        (128, 128, True, 0.1, torch.float32),
     ):
-        more = ["causal"] * causal + ["dropout"] * (dropout_p > 0)
+        is_float32 = dtype == torch.float32
+        more = ["float32"] * is_float32 + ["causal"] * causal + ["dropout"] * (dropout_p > 0)
         name = "-".join(["attention_short", str(T), str(D), *more])
         inputs = ", ".join([f"T {T}", f"D {D}", *more])
-        launch = partial(_attention_short, T, D, causal, dropout_p)
+        launch = partial(_attention_short, T, D, causal, dropout_p, dtype)
+        rules: list[Rule] = [] if is_float32 else [gates.uses_tensor_cores]
         # Backward of 128 queries has several blocks on a multiprocessor instead.
-        copies = [gates.copies_asynchronously] if T > 128 else []
-        rules = (gates.uses_tensor_cores, *copies)
+        if T > 128:
+            rules.append(gates.copies_asynchronously)
         cases.append(triton_case(name, arch, launch, *rules, inputs=inputs))
     return cases
 

@@ -91,6 +91,8 @@ CASES = [
     Case(FP16, 197, 24, dropout_p=2**-16),
     Case(FP32, 63, 64, causal=True),
     Case(FP32, 50, 128, S=80, lengths=(80, 0), dropout_p=0.1),
+    Case(FP32, 70, 64, causal=True, dropout_p=0.1),
+    Case(FP32, 40, 128, S=20),
     Case(FP32, 70, 16, scale=0.0),
     Case(FP32, 20, 8, scale=-0.3, H=3),
 ]

@@ -75,6 +75,8 @@ def test_numerics(check, T, S):
         (150, 260, 128, torch.bfloat16, True),
         (63, 64, 16, torch.float32, True),
         (1, 20, 16, torch.float32, True),
+        (70, 90, 128, torch.float32, True),
+        (50, 33, 80, torch.float32, False),
     ],
     ids=str,
 )
@@ -91,15 +93,27 @@ def test_numerics_with_key_lengths(target, check, D, dtype, causal):
 
 
 @pytest.mark.parametrize(
-    ("D", "dtype", "causal"), [(16, torch.float32, False), (64, torch.bfloat16, True)], ids=str
+    ("D", "dtype", "causal", "padded"),
+    [
+        (16, torch.float32, False, False),
+        (64, torch.bfloat16, True, False),
+        (64, torch.bfloat16, False, True),
+        (128, torch.float16, True, False),
+        (128, torch.float16, False, False),
+        (128, torch.float32, True, False),
+        (80, torch.float32, False, True),
+    ],
+    ids=str,
 )
-def test_numerics_with_dropout(target, check, D, dtype, causal):
+def test_numerics_with_dropout(target, check, D, dtype, causal, padded):
     B, T, S, H = 2, 70, 75, 2
     rng = torch.tensor([-(2**61) + 12345, 2**35 + 7], device=target.device)
     with fastformer.backend("reference"):
         mask = dropout_mask(B * T * H, S, 0.3, rng, SITE)
     keep = mask.view(B, T, H, S).permute(0, 2, 1, 3)
     options = {"causal": causal, "dropout_p": 0.3, "rng": rng, "site": SITE}
+    if padded:
+        options["key_lengths"] = torch.tensor([75, 9], dtype=torch.int32, device=target.device)
     check(B, T, S, H, D, dtype, keep=keep, **options)
 
 
