@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import CachedLaunch
+from fastformer.kernels.launch import CachedLaunch, cdiv
 from fastformer.kernels.product import has_tma, operands, product, tile_of
 
 # Packed rows, and their logits, are zero from the last one up to a multiple of this: a sum over
@@ -216,7 +216,7 @@ def _launch_options(dtype: torch.dtype, tma: bool) -> dict[str, Any]:
 
 def _grid(x: Tensor, M: int, N: int, options: dict[str, Any]) -> tuple[int]:
     """As many programs as a GPU holds, of 16 warps on a multiprocessor, if there are the tiles."""
-    tiles = triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"])
+    tiles = cdiv(M, options["BLOCK_M"]) * cdiv(N, options["BLOCK_N"])
     if not x.is_cuda:  # without a GPU: few, so that one takes several tiles
         return (min(tiles, 2),)
     properties = torch.cuda.get_device_properties(x.device)
@@ -245,23 +245,22 @@ class CountedRows:
         self.grad_table: Tensor | None = None
         if N == 0:
             return
-        with torch.cuda.device_of(x):
-            _order_kernel[(triton.cdiv(N, _ORDER_BLOCK),)](
-                targets, self.order, self.count, ignore_index, N, BLOCK=_ORDER_BLOCK, num_warps=8
-            )
-            _gather_kernel[(triton.cdiv(N, _GATHER_ROWS),)](
-                x,
-                self.order,
-                self.count,
-                self.rows,
-                N,
-                C,
-                columns,
-                *x.stride(),
-                PADDING=PADDING,
-                BLOCK_M=_GATHER_ROWS,
-                BLOCK_C=256,
-            )
+        _order_kernel[(cdiv(N, _ORDER_BLOCK),)](
+            targets, self.order, self.count, ignore_index, N, BLOCK=_ORDER_BLOCK, num_warps=8
+        )
+        _gather_kernel[(cdiv(N, _GATHER_ROWS),)](
+            x,
+            self.order,
+            self.count,
+            self.rows,
+            N,
+            C,
+            columns,
+            *x.stride(),
+            PADDING=PADDING,
+            BLOCK_M=_GATHER_ROWS,
+            BLOCK_C=256,
+        )
 
     def logits(self, first: int, out: Tensor) -> None:
         """Write those of the slots from `first` on to `out`, which has some columns more."""
@@ -283,21 +282,20 @@ class CountedRows:
         rows = self.rows[first : first + size]
         tma = has_tma(grad, rows)
         options = _launch_options(grad.dtype, tma)
-        with torch.cuda.device_of(grad):
-            _table_product_kernel[_grid(grad, V, columns, options)](
-                *operands(grad, rows, False, tma, options, left_transposed=True),
-                self.count,
-                self.grad_table,
-                first,
-                size,
-                V,
-                grad.shape[1],
-                columns,
-                *grad.stride(),
-                *rows.stride(),
-                ADDS=adds,
-                **options,
-            )
+        _table_product_kernel[_grid(grad, V, columns, options)](
+            *operands(grad, rows, False, tma, options, left_transposed=True),
+            self.count,
+            self.grad_table,
+            first,
+            size,
+            V,
+            grad.shape[1],
+            columns,
+            *grad.stride(),
+            *rows.stride(),
+            ADDS=adds,
+            **options,
+        )
 
     def _product(
         self,
@@ -313,22 +311,21 @@ class CountedRows:
         tma = has_tma(a, b)
         options = _launch_options(a.dtype, tma)
         stride_bk, stride_bn = b.stride()[::-1] if transposed else b.stride()
-        with torch.cuda.device_of(a):
-            _rows_product_kernel[_grid(a, a.shape[0], N, options)](
-                *operands(a, b, transposed, tma, options),
-                order,
-                self.count,
-                out,
-                first,
-                a.shape[0],
-                N,
-                K,
-                out.shape[1],
-                *a.stride(),
-                stride_bk,
-                stride_bn,
-                out.stride(0),
-                a.shape[1],
-                TRANSPOSED=transposed,
-                **options,
-            )
+        _rows_product_kernel[_grid(a, a.shape[0], N, options)](
+            *operands(a, b, transposed, tma, options),
+            order,
+            self.count,
+            out,
+            first,
+            a.shape[0],
+            N,
+            K,
+            out.shape[1],
+            *a.stride(),
+            stride_bk,
+            stride_bn,
+            out.stride(0),
+            a.shape[1],
+            TRANSPOSED=transposed,
+            **options,
+        )

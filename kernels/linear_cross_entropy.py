@@ -12,13 +12,15 @@ N rows, C model dim, V vocabulary.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.counted_rows import PADDING, CountedRows
-from fastformer.kernels.launch import CachedLaunch
+from fastformer.kernels.launch import CachedLaunch, cdiv
 
 _CHUNK_BYTES = 1 << 30  # of logits
 _LEAST_ROWS = 256  # the weight is read once more for every chunk
@@ -127,8 +129,14 @@ def _with_column(matrix: Tensor, column: Tensor) -> Tensor:
 def _chunk_rows(N: int, bytes_per_row: int) -> int:
     """Rows of a chunk: all chunks but the last are equal, and their parts of any tensor aligned."""
     most = max(_LEAST_ROWS, _CHUNK_BYTES // bytes_per_row)
-    chunks = max(1, triton.cdiv(N, most))
-    return triton.cdiv(max(1, triton.cdiv(N, chunks)), 64) * 64
+    chunks = max(1, cdiv(N, most))
+    return cdiv(max(1, cdiv(N, chunks)), 64) * 64
+
+
+@lru_cache(maxsize=64)
+def _launch_options(V: int, size: int) -> dict[str, int]:
+    block, vec = min(_BLOCK_V, max(512, triton.next_power_of_2(V))), 16 // size
+    return {"LANES": block // vec, "VEC": vec, "num_warps": min(16, block // 512)}
 
 
 class _AllRows:
@@ -181,11 +189,10 @@ def linear_cross_entropy_fwd(
     # The bias is a column of the weight whose input is 1: added before the one rounding of a logit,
     # and its gradient comes with that of the weight.
     table = weight if bias is None else _with_column(weight, bias.to(x.dtype))
-    vec = 16 // x.element_size()
-    stride = triton.cdiv(V, 64) * 64
-    block = min(_BLOCK_V, max(512, triton.next_power_of_2(V)))
-    options = {"LANES": block // vec, "VEC": vec, "num_warps": min(16, block // 512)}
-    length = _chunk_rows(N, stride * x.element_size())
+    size = x.element_size()
+    stride = cdiv(V, 64) * 64
+    options = _launch_options(V, size)
+    length = _chunk_rows(N, stride * size)
     products: CountedRows | _AllRows
     if mostly_ignored:
         products = CountedRows(x, table, targets, ignore_index, several=length < N)
@@ -195,29 +202,28 @@ def linear_cross_entropy_fwd(
     padded = x.new_empty((min(length, N), stride))
     padded[:, V:] = 0.0
     for first in range(0, N, length):
-        size = min(length, N - first)
-        products.logits(first, padded[:size])
-        with torch.cuda.device_of(x):
-            _cross_entropy_kernel[(size,)](
-                padded,
-                targets,
-                products.order,
-                products.count,
-                losses,
-                first,
-                ignore_index,
-                label_smoothing,
-                z_loss,
-                V,
-                stride,
-                MEAN=mean,
-                SMOOTHS=label_smoothing > 0.0,
-                NEEDS_GRAD=grad_dtype is not None,
-                PADDING=PADDING,
-                **options,
-            )
+        rows = min(length, N - first)
+        products.logits(first, padded[:rows])
+        _cross_entropy_kernel[(rows,)](
+            padded,
+            targets,
+            products.order,
+            products.count,
+            losses,
+            first,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            V,
+            stride,
+            MEAN=mean,
+            SMOOTHS=label_smoothing > 0.0,
+            NEEDS_GRAD=grad_dtype is not None,
+            PADDING=PADDING,
+            **options,
+        )
         if grad_dtype is not None:
-            products.add_gradients(first, padded[:size], weight)
+            products.add_gradients(first, padded[:rows], weight)
     loss = losses.sum()
     if grad_dtype is None:
         return loss, x.new_empty(0), x.new_empty(0), x.new_empty(0)
