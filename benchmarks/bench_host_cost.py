@@ -2,10 +2,19 @@
 
 A stub stands in the place of that, so that no GPU is needed. Tensors are small and on the CPU,
 where what PyTorch computes beside a kernel costs little more than the calls that start it.
+
+Part of a call is PyTorch's: allocations, views, casts, matrix products. One call of the wrapper,
+which is not timed, records them as Python makes them, and a variant that takes turns with the
+wrapper makes the same calls again with the same arguments and nothing between them. What the
+wrapper takes beyond that is Python of ours. Reading a shape, a stride or an address counts as ours,
+and so does a call that returns what it was given, as `contiguous` mostly does. So does what a call
+of torch takes longer where other code ran before it, which with matrix products is much of `its
+Python`. Measure with `--threads 1`, as threads that wait for one another take longer than a call.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,13 +23,15 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from benchmarks import report
 from benchmarks.command import main
 from benchmarks.gate import WrongResult
 from benchmarks.harness import OURS, Benchmark, Case, Options, Row, Settings, Unavailable, measure
 
-TRITON, NOTHING = "triton's launch", "no launch"
+TRITON, NOTHING, TORCH = "triton's launch", "no launch", "its calls of torch"
+PYTHON = "its Python"
 _ARCH = 90
 _CALLS = 100  # of a variant in a turn
 
@@ -83,6 +94,20 @@ def _attention(T: int) -> list[Op]:
     ]
 
 
+def _attention_hopper() -> list[Op]:
+    from fastformer.kernels import attention_hopper as ops
+
+    q, k, v = _bfloat16(1, 520, 3, 2, 16).unbind(2)
+    return [partial(ops.forward, q, k, v, None, True, 0.25, 0.0, None, 0)]
+
+
+def _attention_decode() -> list[Op]:
+    from fastformer.kernels import attention as ops
+
+    cache = _bfloat16(1, 1024, 2, 16)
+    return [partial(ops.attention_fwd, cache[:, :1], cache, cache, None, True, 0.25, 0.0, None, 0)]
+
+
 def _attention_varlen() -> list[Op]:
     from fastformer.kernels import attention_varlen as ops
 
@@ -110,11 +135,40 @@ _GROUPS: dict[str, tuple[tuple[str, ...], Callable[[], list[Op]]]] = {
         ("attention_fwd, long", "attention_qkvpacked_bwd, long"),
         partial(_attention, 520),
     ),
+    "attention, Hopper": (("attention_fwd, Hopper",), _attention_hopper),
+    "attention, decode": (("attention_fwd, decode",), _attention_decode),
     "attention_varlen": (
         ("attention_varlen_fwd", "attention_varlen_qkvpacked_bwd"),
         _attention_varlen,
     ),
 }
+
+
+class _TorchCalls(TorchFunctionMode):
+    """Keeps the calls that make a tensor or change one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Op] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.__name__
+        changes = "out" in kwargs or name == "__setitem__" or name.rstrip("_") + "_" == name
+        parts = result if isinstance(result, (tuple, list)) else (result,)
+        makes = parts and isinstance(parts[0], Tensor) and not any(result is a for a in args)
+        if changes or makes:
+            self.calls.append(partial(func, *args, **kwargs))
+        return result
+
+
+def _torch_calls(op: Op) -> list[Op]:
+    with _TorchCalls() as mode:
+        op()
+    return mode.calls
 
 
 def _nothing(*args: Any, **options: Any) -> None:
@@ -123,13 +177,27 @@ def _nothing(*args: Any, **options: Any) -> None:
 
 @contextmanager
 def _launches_of(variant: str) -> Iterator[None]:
-    from fastformer.kernels.launch import CachedLaunch
+    from fastformer.kernels.launch import CachedLaunch, Launch
 
-    others = {TRITON: lambda kernel, grid: kernel.function[grid], NOTHING: lambda *_: _nothing}
-    if variant not in others:
+    if variant == TRITON:
+
+        def item(kernel: CachedLaunch, grid: tuple[int, ...]) -> Any:
+            return kernel.function[grid]
+
+        def call(launch: Launch, *tensors: Tensor | None) -> None:
+            function, args = launch.kernel.function, launch.arguments(tensors)
+            function[launch.grid](*args, **launch.options)
+
+    elif variant == NOTHING:
+
+        def item(kernel: CachedLaunch, grid: tuple[int, ...]) -> Any:
+            return _nothing
+
+        call = _nothing
+    else:
         yield
         return
-    with patch.object(CachedLaunch, "__getitem__", others[variant]):
+    with patch.object(CachedLaunch, "__getitem__", item), patch.object(Launch, "__call__", call):
         yield
 
 
@@ -165,17 +233,27 @@ def _measured(group: str, settings: Settings) -> list[Row]:
                     op()
 
         with stub_launcher(_ARCH, _nothing):
+            of_torch = _torch_calls(op)
+
+            def calls_of_torch(of_torch: list[Op] = of_torch) -> None:
+                for _ in range(_CALLS):
+                    for call in of_torch:
+                        call()
+
             variants = {variant: partial(calls, variant) for variant in (OURS, TRITON, NOTHING)}
-            rows.append(measure(name, variants, settings))
+            rows.append(measure(name, variants | {TORCH: calls_of_torch}, settings))
     return rows
 
 
 def _us(row: Row) -> dict[str, float]:
-    return {variant: 1e3 * ms / _CALLS for variant, ms in row.ms.items()}
+    """Of a call, and of the Python in it: the difference of each turn, as clocks change."""
+    us = {variant: 1e3 * ms / _CALLS for variant, ms in row.ms.items()}
+    turns = zip(row.samples[OURS], row.samples[TORCH], strict=True)
+    return us | {PYTHON: 1e3 * statistics.median(ours - torchs for ours, torchs in turns) / _CALLS}
 
 
 def _cases(options: Options) -> list[Case]:
-    variants = (OURS, TRITON, NOTHING)
+    variants = (OURS, TRITON, NOTHING, TORCH)
     return [
         Case(group, names, variants, partial(_measured, group))
         for group, (names, _) in _GROUPS.items()
@@ -183,8 +261,9 @@ def _cases(options: Options) -> list[Case]:
 
 
 def _table(rows: list[Row]) -> str:
-    found = [[row.case, *(f"{us:.1f}" for us in _us(row).values())] for row in rows]
-    return report.markdown(["us of a call", OURS, TRITON, NOTHING], found)
+    columns = (OURS, TORCH, PYTHON, TRITON, NOTHING)
+    found = [[row.case, *(f"{_us(row)[column]:.1f}" for column in columns)] for row in rows]
+    return report.markdown(["us of a call", *columns], found)
 
 
 def _record(row: Row) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def attention_fwd(
     rng: Tensor | None,
     site: int,
 ) -> tuple[Tensor, Tensor]:
-    kernels = _kernels(q.shape[1], k.shape[1], *q.shape[2:])
+    _, T, H, D = q.shape
+    kernels = _kernels(T, k.shape[1], H, D)
     if kernels is attention_long:
         kernels = _long(q, k, v, scale, rng)
     return kernels.forward(q, k, v, key_lengths, causal, scale, dropout_p, rng, site)
@@ -72,14 +73,16 @@ def attention_fwd(
 def attention_bwd(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
-    kernels = _kernels(q.shape[1], k.shape[1], *q.shape[2:])
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    _, T, H, D = q.shape
+    kernels = _kernels(T, k.shape[1], H, D)
     kernels.backward(grad_out, q, k, v, *saved, *grads)
     return grads
 
 
 def attention_qkvpacked_bwd(grad_out: Tensor, qkv: Tensor, *saved: Any) -> Tensor:
-    grad = qkv.new_empty(*qkv.shape)
-    _, T, _, H, D = qkv.shape
+    shape = qkv.shape
+    grad = qkv.new_empty(shape)
+    _, T, _, H, D = shape
     _kernels(T, T, H, D).backward(grad_out, *qkv.unbind(2), *saved, *grad.unbind(2))
     return grad

@@ -8,7 +8,6 @@ the sizes, and copies 16 bytes at a time.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import triton
@@ -122,31 +121,28 @@ def is_hopper(t: Tensor) -> bool:
     return architecture(t) == 90
 
 
-@lru_cache(maxsize=1024)
-def _is_aligned(shape: tuple[int, ...], stride: tuple[int, ...], max_stride: int) -> bool:
+def is_aligned(
+    shape: tuple[int, ...], stride: tuple[int, ...], max_stride: int = _MAX_STRIDE
+) -> bool:
+    """Whether the kernels can read such a tensor; `max_stride` is that of tokens."""
     # A dimension of one element has no stride that counts.
     counted = [s for s, size in zip(stride, shape[:-1], strict=False) if size > 1]
     return stride[-1] == 1 and stride[-3] < max_stride and all(s % UNIT == 0 for s in counted)
 
 
 def aligned(t: Tensor, max_stride: int = _MAX_STRIDE) -> Tensor:
-    """`t` as it is where the kernels can read it, else a copy; `max_stride` is that of tokens."""
-    return t if _is_aligned(t.shape, t.stride(), max_stride) else t.contiguous()
+    """`t` as it is where the kernels can read it, else a copy."""
+    return t if is_aligned(t.shape, t.stride(), max_stride) else t.contiguous()
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-@lru_cache(maxsize=1024)
-def _in_units(stride: tuple[int, ...]) -> tuple[int, int, int]:
+def strides(stride: tuple[int, ...]) -> tuple[int, int, int]:
+    """Of sequences, tokens and heads, as kernels take them; packed tokens have no sequences."""
     *first, token, head, _ = stride
     return (first[0] // UNIT if first else 0), token // UNIT, head // UNIT
-
-
-def strides(t: Tensor) -> tuple[int, int, int]:
-    """Of sequences, tokens and heads; packed tokens have no sequences."""
-    return _in_units(t.stride())
 
 
 def head_block(D: int) -> int:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from fastformer.kernels.attention_blocks import LN_2, LOG2_E, head_block
 from fastformer.kernels.attention_long import launch_forward
-from fastformer.kernels.dropout import launch_arguments
-from fastformer.kernels.launch import CachedLaunch, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
 
 MAX_T = 16  # queries that a program takes, the rows of a product on tensor cores
 _PROGRAMS = 256  # enough to read at the speed of memory
@@ -70,10 +69,26 @@ def _chunk(programs: int, S: int, block_n: int) -> int:
     return cdiv(cdiv(S, max(1, chunks)), block_n) * block_n
 
 
-@lru_cache(maxsize=64)
-def _launch_options(D: int, size: int) -> dict[str, int]:
+def _launch_options(D: int, size: int, dropout: bool = False) -> dict[str, int]:
     shared = {"D": D, "BLOCK_D": head_block(D), "BLOCK_M": MAX_T, "num_warps": 4}
     return shared | {"BLOCK_N": 64 if size == 2 else 32, "num_stages": 3}
+
+
+@lru_cache(maxsize=1024)
+def _chunks(shape: tuple[int, ...], S: int, size: int) -> tuple[int, int, Launch]:
+    """Keys of a chunk, the number of chunks, and the launch that puts them together."""
+    B, T, H, D = shape
+    options = _launch_options(D, size)
+    chunk = max(1, _chunk(B * H * cdiv(T, MAX_T), S, options["BLOCK_N"]))
+    chunks, rows = max(1, cdiv(S, chunk)), B * T * H
+    options = {
+        "D": D,
+        "BLOCK_D": options["BLOCK_D"],
+        "BLOCK_C": triton.next_power_of_2(chunks),
+        "num_warps": 4,
+    }
+    combine = Launch(_attention_decode_combine_kernel, (rows,), (T, H, rows, chunks), options)
+    return chunk, chunks, combine
 
 
 def forward(
@@ -88,44 +103,32 @@ def forward(
     site: int,
 ) -> tuple[Tensor, Tensor]:
     """What `attention_long.forward` returns, at any T, and faster where T is small and S long."""
-    B, T, H, D = q.shape
-    S = k.shape[1]
-    options = _launch_options(D, q.element_size())
-    chunk = max(1, _chunk(B * H * cdiv(T, MAX_T), S, options["BLOCK_N"]))
-    chunks = max(1, cdiv(S, chunk))
-    out = q.new_empty(*q.shape)
-    lse = q.new_empty(B, H, T, dtype=torch.float32)
-    partial_out = q.new_empty(chunks, *q.shape, dtype=torch.float32) if chunks > 1 else out
-    partial_lse = q.new_empty(chunks, B, H, T, dtype=torch.float32) if chunks > 1 else lse
+    shape, S = q.shape, k.shape[1]
+    B, T, H, _ = shape
+    chunk, chunks, combine = _chunks(shape, S, q.element_size())
+    out = partial_out = q.new_empty(shape)
+    lse = partial_lse = q.new_empty((B, H, T), dtype=torch.float32)
+    if chunks > 1:
+        partial_out = q.new_empty((chunks, *shape), dtype=torch.float32)
+        partial_lse = q.new_empty((chunks, B, H, T), dtype=torch.float32)
     launch_forward(
         q,
         k,
         v,
         partial_out,
         partial_lse,
-        (None, None),
+        None,
+        None,
         key_lengths,
         (B, T, S),
         causal,
         scale,
-        launch_arguments(dropout_p, rng, site),
+        dropout_p,
         rng,
+        site,
         chunk=chunk,
-        options=options,
+        options_of=_launch_options,
     )
     if chunks > 1:
-        _attention_decode_combine_kernel[(B * T * H,)](
-            partial_out,
-            partial_lse,
-            out,
-            lse,
-            T,
-            H,
-            B * T * H,
-            chunks,
-            D=D,
-            BLOCK_D=options["BLOCK_D"],
-            BLOCK_C=triton.next_power_of_2(chunks),
-            num_warps=4,
-        )
+        combine(partial_out, partial_lse, out, lse)
     return out, lse

@@ -19,7 +19,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastformer.kernels.attention_blocks import LN_2, LOG2_E, contiguous, head_block
-from fastformer.kernels.launch import CachedLaunch
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
 from fastformer.kernels.tile_ring import copy, release, tile, wait
 
 _BLOCK_M = 64  # queries of a warpgroup, the rows of a product on its tensor cores
@@ -320,37 +319,74 @@ def refuse(q: Tensor, k: Tensor, v: Tensor, scale: float, rng: Tensor | None) ->
 
 
 def _has_tma(t: Tensor) -> bool:
-    strides = [t.element_size() * s for s in _strides(t)]
+    return t.data_ptr() % _STRIDE_BYTES == 0 and _fits(t.shape, t.stride(), t.element_size())
+
+
+@lru_cache(maxsize=1024)
+def _fits(shape: tuple[int, ...], stride: tuple[int, ...], size: int) -> bool:
+    in_bytes = [size * s for s in _strides(shape, stride)]
     return (
-        t.numel() > 0
-        and strides[3] == t.element_size()
-        and t.data_ptr() % _STRIDE_BYTES == 0
-        and all(s % _STRIDE_BYTES == 0 and 0 < s < _MAX_STRIDE for s in strides[:3])
+        0 not in shape
+        and in_bytes[3] == size
+        and all(s % _STRIDE_BYTES == 0 and 0 < s < _MAX_STRIDE for s in in_bytes[:3])
     )
 
 
-def _strides(t: Tensor) -> list[int]:
+def _strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
     """A dimension of one element has no stride that counts, but TMA is given one."""
-    return [s if size > 1 else _STRIDE_BYTES for s, size in zip(t.stride(), t.shape, strict=True)]
+    return [s if size > 1 else _STRIDE_BYTES for s, size in zip(stride, shape, strict=True)]
 
 
-def _multiprocessors(t: Tensor) -> int:
-    """Of the tensor's device, each of which runs one program; of an H200 without a GPU."""
-    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 132
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    """Of the device, each of which runs one program; of an H200 without a GPU."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache(maxsize=16)
-def _layout(*block: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # of a type the width counts
-
-
-def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
+def _descriptor(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, rows: int
+) -> TensorDescriptor:
     """Of tiles of `rows` tokens of one head; TMA fills what is beyond the tensor with zeros."""
-    block = [1, 1, rows, head_block(t.shape[3])]
-    B, T, H, D = t.shape
-    stride_b, stride_t, stride_h, stride_d = _strides(t)
+    block = [1, 1, rows, head_block(shape[3])]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # of a type the width counts
+    B, T, H, D = shape
+    stride_b, stride_t, stride_h, stride_d = _strides(shape, stride)
     strides = [stride_b, stride_h, stride_t, stride_d]
-    return TensorDescriptor(t, [B, H, T, D], strides, block, _layout(*block))
+    base = torch.empty(0, dtype=dtype, device="meta")
+    return TensorDescriptor(base, [B, H, T, D], strides, block, layout)
+
+
+@lru_cache(maxsize=1024)
+def _launch(
+    shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    q_stride: tuple[int, ...],
+    k_stride: tuple[int, ...],
+    v_stride: tuple[int, ...],
+    out_stride: tuple[int, ...],
+    dtype: torch.dtype,
+    multiprocessors: int,
+    causal: bool,
+    scale: float,
+) -> Launch:
+    """The launch for such tensors, of which q, k, v and out arrive as descriptors."""
+    B, T, H, D = shape
+    S = k_shape[1]
+    options = launch_options(D)
+    group = min(B * H, max(1, _CACHE // (2 * S * D * dtype.itemsize)))
+    blocks = B * H * cdiv(T, options["WARPGROUPS"] * _BLOCK_M)
+    grid = (min(blocks, multiprocessors),)
+    boxes = (
+        _descriptor(shape, q_stride, dtype, _BLOCK_M),
+        _descriptor(k_shape, k_stride, dtype, _BLOCK_N),
+        _descriptor(k_shape, v_stride, dtype, _BLOCK_N),
+        _descriptor(shape, out_stride, dtype, _BLOCK_M),
+    )
+    numbers = scale * LOG2_E.value, T, S, H, B * H, group
+    options = {"CAUSAL": causal, "num_warps": 4, **options}
+    return Launch(_attention_hopper_fwd_kernel, grid, numbers, options, boxes)
 
 
 def forward(
@@ -365,30 +401,12 @@ def forward(
     site: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D) and lse (B, H, T) of `ops.reference.attention_fwd`, if not `refuse`d."""
-    B, T, H, D = q.shape
-    S = k.shape[1]
-    out = q.new_empty(q.shape)
+    shape = q.shape
+    B, T, H, _ = shape
+    out = q.new_empty(shape)
     lse = q.new_empty((B, H, T), dtype=torch.float32)
-    options = launch_options(D)
-    group = min(B * H, max(1, _CACHE // (2 * S * D * k.element_size())))
-    blocks = B * H * triton.cdiv(T, options["WARPGROUPS"] * _BLOCK_M)
-    grid = (min(blocks, _multiprocessors(q)),)
-    with torch.cuda.device_of(q):
-        _attention_hopper_fwd_kernel[grid](
-            _descriptor(q, _BLOCK_M),
-            _descriptor(k, _BLOCK_N),
-            _descriptor(v, _BLOCK_N),
-            _descriptor(out, _BLOCK_M),
-            lse,
-            contiguous(key_lengths),
-            scale * LOG2_E.value,
-            T,
-            S,
-            H,
-            B * H,
-            group,
-            CAUSAL=causal,
-            num_warps=4,
-            **options,
-        )
+    strides_of = q.stride(), k.stride(), v.stride(), out.stride()
+    settings = q.dtype, _multiprocessors(q.device), causal, scale
+    launch = _launch(shape, k.shape, *strides_of, *settings)
+    launch(q, k, v, out, lse, contiguous(key_lengths))
     return out, lse

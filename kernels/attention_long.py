@@ -10,7 +10,10 @@ B sequences, T query tokens, S key tokens, H heads, D head dim, N query tokens o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +30,7 @@ from fastformer.kernels.attention_blocks import (
     contiguous,
     head,
     head_block,
+    is_aligned,
     is_hopper,
     load_rows,
     sequence,
@@ -35,7 +39,7 @@ from fastformer.kernels.attention_blocks import (
     strides,
 )
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
-from fastformer.kernels.launch import CachedLaunch, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
 
 
 @CachedLaunch
@@ -151,7 +155,6 @@ def _attention_long_fwd_kernel(
     store_rows(out_ptr, out, start_m, T, H * (D // 8), D, BLOCK_M, BLOCK_D)
 
 
-@lru_cache(maxsize=64)
 def launch_options(D: int, size: int, dropout: bool) -> dict[str, int]:
     """Tiles whose registers do not spill; `size` is that of an element, in bytes."""
     small = D <= 64
@@ -165,51 +168,96 @@ def launch_options(D: int, size: int, dropout: bool) -> dict[str, int]:
     return {"D": D, "BLOCK_D": head_block(D), **tile, "num_stages": stages}
 
 
+@lru_cache(maxsize=1024)
+def _forward_launch(
+    shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    q_stride: tuple[int, ...],
+    k_stride: tuple[int, ...],
+    v_stride: tuple[int, ...],
+    size: int,
+    sizes: tuple[int, int, int],
+    causal: bool,
+    scale: float,
+    dropout: tuple[float, bool, int],
+    chunk: int,
+    hopper: bool,
+    options_of: Callable[[int, int, bool], dict[str, int]],
+) -> tuple[bool, Launch]:
+    """Whether the kernel can read such tensors, and its launch for them."""
+    *tokens, H, D = shape
+    B, T, S = sizes
+    options: dict[str, Any] = {"CAUSAL": causal, **options_of(D, size, dropout[1])}
+    grid = (B * H * cdiv(T, options["BLOCK_M"]), max(1, cdiv(S, chunk)))
+    numbers = (
+        *strides(q_stride),
+        *strides(k_stride),
+        *strides(v_stride),
+        scale * LOG2_E.value,
+        *launch_arguments(*dropout),
+        T,
+        S,
+        H,
+        math.prod(tokens),
+        chunk,
+    )
+    # Of two pipelines in a row Hopper's ptxas runs the wgmma of both one by one.
+    options["CUT_STAGES"] = 1 if hopper else None
+    readable = (
+        is_aligned(shape, q_stride)
+        and is_aligned(k_shape, k_stride)
+        and is_aligned(k_shape, v_stride)
+    )
+    return readable, Launch(_attention_long_fwd_kernel, grid, numbers, options)
+
+
 def launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens: tuple[Tensor | None, Tensor | None],
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     key_lengths: Tensor | None,
     sizes: tuple[int, int, int],
     causal: bool,
     scale: float,
-    dropout: tuple[int, int, float],
+    dropout_p: float,
     rng: Tensor | None,
+    site: int,
     *,
     chunk: int,
-    options: dict[str, int],
+    options_of: Callable[[int, int, bool], dict[str, int]],
 ) -> None:
-    """Fill `out` and `lse`, one of each per `chunk` keys. `sizes` are B and the longest T and S."""
-    B, T, S = sizes
-    H, D = q.shape[-2:]
-    N = q.numel() // (H * D) if H else 0
-    q, k, v = aligned(q), aligned(k), aligned(v)
-    _attention_long_fwd_kernel[(B * H * cdiv(T, options["BLOCK_M"]), max(1, cdiv(S, chunk)))](
+    """Fill `out` and `lse`, one of each per `chunk` keys. `sizes` are B and the longest T and S,
+    `options_of` gives the kernel's options for a head dim, the bytes of an element and dropout."""
+    settings = (
+        q.element_size(),
+        sizes,
+        causal,
+        scale,
+        (dropout_p, rng is not None, site),
+        chunk,
+        is_hopper(q),
+        options_of,
+    )
+    strides_of = q.stride(), k.stride(), v.stride()
+    readable, launch = _forward_launch(q.shape, k.shape, *strides_of, *settings)
+    if not readable:
+        q, k, v = aligned(q), aligned(k), aligned(v)
+        strides_of = q.stride(), k.stride(), v.stride()
+        _, launch = _forward_launch(q.shape, k.shape, *strides_of, *settings)
+    launch(
         q,
         k,
         v,
         out,
         lse,
-        *map(contiguous, cu_seqlens),
+        contiguous(cu_seqlens_q),
+        contiguous(cu_seqlens_k),
         contiguous(key_lengths),
         contiguous(rng),
-        *strides(q),
-        *strides(k),
-        *strides(v),
-        scale * LOG2_E.value,
-        *dropout,
-        T,
-        S,
-        H,
-        N,
-        chunk,
-        CAUSAL=causal,
-        # Of two pipelines in a row Hopper's ptxas runs the wgmma of both one by one.
-        CUT_STAGES=1 if is_hopper(q) else None,
-        **options,
     )
 
 
@@ -225,25 +273,27 @@ def forward(
     site: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D) and lse (B, H, T) of `ops.reference.attention_fwd`."""
-    B, T, H, D = q.shape
+    B, T, H, _ = q.shape
     S = k.shape[1]
-    out = q.new_empty(*q.shape)
-    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((B, H, T), dtype=torch.float32)
     launch_forward(
         q,
         k,
         v,
         out,
         lse,
-        (None, None),
+        None,
+        None,
         key_lengths,
         (B, T, S),
         causal,
         scale,
-        launch_arguments(dropout_p, rng, site),
+        dropout_p,
         rng,
+        site,
         chunk=max(1, S),
-        options=launch_options(D, q.element_size(), rng is not None),
+        options_of=launch_options,
     )
     return out, lse
 
@@ -266,6 +316,7 @@ def backward(
     grad_v: Tensor,
 ) -> None:
     """Fill the gradients of `ops.reference.attention_bwd`, which may be views of a packed one."""
+    B, T, *_ = q.shape
     attention_long_bwd.launch_backward(
         grad_out,
         q,
@@ -273,12 +324,14 @@ def backward(
         v,
         out,
         lse,
-        (None, None),
+        None,
+        None,
         key_lengths,
-        (*q.shape[:2], k.shape[1]),
+        (B, T, k.shape[1]),
+        (grad_q, grad_k, grad_v),
         causal,
         scale,
-        launch_arguments(dropout_p, rng, site),
+        dropout_p,
         rng,
-        (grad_q, grad_k, grad_v),
+        site,
     )

@@ -11,6 +11,7 @@ B sequences, T query tokens, S key tokens, H heads, D head dim, N query tokens o
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -26,14 +27,15 @@ from fastformer.kernels.attention_blocks import (
     contiguous,
     head,
     head_block,
+    is_aligned,
     load_rows,
     sequence,
     statistic_ptr,
     store_rows,
     strides,
 )
-from fastformer.kernels.dropout import dropout_state, keep_mask
-from fastformer.kernels.launch import CachedLaunch, architecture, cdiv
+from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
+from fastformer.kernels.launch import CachedLaunch, Launch, architecture, cdiv
 
 
 @triton.jit
@@ -274,7 +276,6 @@ def _attention_long_bwd_kv_kernel(
     store_rows(grad_v_ptr, grad_v, start_n, S, stride_grad_vt, D, BLOCK_N, BLOCK_D)
 
 
-@lru_cache(maxsize=64)
 def launch_options(
     arch: int, D: int, size: int, causal: bool, dropout: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -307,6 +308,49 @@ def launch_options(
     return shared | of_q | {"num_stages": 2}, shared | of_kv | {"num_stages": stages}
 
 
+@lru_cache(maxsize=1024)
+def _backward_launches(
+    shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    strides_of: tuple[tuple[int, ...], ...],
+    arch: int,
+    size: int,
+    sizes: tuple[int, int, int],
+    causal: bool,
+    scale: float,
+    dropout: tuple[float, bool, int],
+) -> tuple[bool, tuple[int, ...], Launch, Launch]:
+    """Whether the kernels can read such tensors, the shape of what the first launch leaves for the
+    second, and both. `strides_of` has those of q, k, v and their gradients."""
+    *tokens, H, D = shape
+    B, T, S = sizes
+    q_stride, k_stride, v_stride, *of_grads = strides_of
+    readable = (
+        is_aligned(shape, q_stride)
+        and is_aligned(k_shape, k_stride)
+        and is_aligned(k_shape, v_stride)
+    )
+    of_q, of_kv = launch_options(arch, D, size, causal, dropout[1])
+    N, pad = math.prod(tokens), of_q["BLOCK_M"]
+    padded = (N // pad + B) * pad
+    inputs = (*strides(q_stride), *strides(k_stride), *strides(v_stride))
+    grad_q, grad_k, grad_v = map(strides, of_grads)
+    numbers = (scale, scale * LOG2_E.value, *launch_arguments(*dropout), T, S, H)
+    for_q = Launch(
+        _attention_long_bwd_q_kernel,
+        (B * H * cdiv(T, pad),),
+        (*inputs, *grad_q, *numbers, N, padded),
+        {"CAUSAL": causal, **of_q},
+    )
+    for_kv = Launch(
+        _attention_long_bwd_kv_kernel,
+        (B * H * cdiv(S, of_kv["BLOCK_N"]),),
+        (*inputs, *grad_k, *grad_v, *numbers, padded),
+        {"CAUSAL": causal, "PAD": pad, **of_kv},
+    )
+    return readable, (2, H, padded), for_q, for_kv
+
+
 def launch_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -314,63 +358,38 @@ def launch_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens: tuple[Tensor | None, Tensor | None],
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     key_lengths: Tensor | None,
     sizes: tuple[int, int, int],
+    grads: tuple[Tensor, Tensor, Tensor],
     causal: bool,
     scale: float,
-    dropout: tuple[int, int, float],
+    dropout_p: float,
     rng: Tensor | None,
-    grads: tuple[Tensor, Tensor, Tensor],
+    site: int,
 ) -> None:
     """Fill `grads`, those of q, k and v. `sizes` are B and the longest T and S."""
-    B, T, S = sizes
-    H, D = q.shape[-2:]
-    q, k, v = aligned(q), aligned(k), aligned(v)
     grad_q, grad_k, grad_v = grads
-    index = (*map(contiguous, cu_seqlens), contiguous(key_lengths), contiguous(rng))
-    inputs = (*strides(q), *strides(k), *strides(v))
-    numbers = (scale, scale * LOG2_E.value, *dropout, T, S, H)
-    of_q, of_kv = launch_options(architecture(q), D, q.element_size(), causal, rng is not None)
-    N, pad = q.numel() // (H * D) if H else 0, of_q["BLOCK_M"]
-    padded = (N // pad + B) * pad
-    lse_log2, delta = q.new_empty(2, H, padded, dtype=torch.float32)
+    of_grads = grad_q.stride(), grad_k.stride(), grad_v.stride()
+    settings = (
+        architecture(q),
+        q.element_size(),
+        sizes,
+        causal,
+        scale,
+        (dropout_p, rng is not None, site),
+    )
+    strides_of = (q.stride(), k.stride(), v.stride(), *of_grads)
+    readable, shape, for_q, for_kv = _backward_launches(q.shape, k.shape, strides_of, *settings)
+    if not readable:
+        q, k, v = aligned(q), aligned(k), aligned(v)
+        strides_of = (q.stride(), k.stride(), v.stride(), *of_grads)
+        _, shape, for_q, for_kv = _backward_launches(q.shape, k.shape, strides_of, *settings)
     grad_out = grad_out.contiguous()
-    _attention_long_bwd_q_kernel[(B * H * cdiv(T, of_q["BLOCK_M"]),)](
-        grad_out,
-        q,
-        k,
-        v,
-        out.contiguous(),
-        lse.contiguous(),
-        lse_log2,
-        delta,
-        grad_q,
-        *index,
-        *inputs,
-        *strides(grad_q),
-        *numbers,
-        N,
-        padded,
-        CAUSAL=causal,
-        **of_q,
-    )
-    _attention_long_bwd_kv_kernel[(B * H * cdiv(S, of_kv["BLOCK_N"]),)](
-        grad_out,
-        q,
-        k,
-        v,
-        lse_log2,
-        delta,
-        grad_k,
-        grad_v,
-        *index,
-        *inputs,
-        *strides(grad_k),
-        *strides(grad_v),
-        *numbers,
-        padded,
-        CAUSAL=causal,
-        PAD=pad,
-        **of_kv,
-    )
+    cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
+    index = cu_seqlens_q, cu_seqlens_k, contiguous(key_lengths), contiguous(rng)
+    lse_log2, delta = q.new_empty(shape, dtype=torch.float32).unbind()
+    out, lse = out.contiguous(), lse.contiguous()
+    for_q(grad_out, q, k, v, out, lse, lse_log2, delta, grad_q, *index)
+    for_kv(grad_out, q, k, v, lse_log2, delta, grad_k, grad_v, *index)

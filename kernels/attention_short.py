@@ -25,11 +25,12 @@ from fastformer.kernels.attention_blocks import (
     aligned,
     contiguous,
     head_block,
+    is_aligned,
     is_hopper,
     strides,
 )
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
-from fastformer.kernels.launch import CachedLaunch, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
 
 _MAX_STRIDE = 2**22  # of tokens: 512 of them have offsets of 32 bits inside a head
 
@@ -283,7 +284,6 @@ def _bwd_tile(
     return 256 if is_hopper and D <= 64 else 128, block_n, 8, 2
 
 
-@lru_cache(maxsize=1024)
 def _options(
     is_hopper: bool | None,
     dtype: torch.dtype,
@@ -294,8 +294,8 @@ def _options(
     has_lengths: bool,
     has_dropout: bool,
 ) -> dict[str, Any]:
-    """What a kernel is compiled with, kept for later launches: backward, on Hopper or not, or
-    forward, which is the same on all GPUs."""
+    """What a kernel is compiled with: backward, on Hopper or not, or forward, which is the same on
+    all GPUs."""
     if is_hopper is None:
         tile = _fwd_tile(dtype, T, D, has_dropout)
     else:
@@ -314,6 +314,37 @@ def _options(
         "num_stages": num_stages,
         "maxnreg": 128 if (block_m, num_stages) == (128, 1) else None,  # two such blocks
     }
+
+
+@lru_cache(maxsize=1024)
+def _launch(
+    is_hopper: bool | None,
+    shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    strides_of: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    has_lengths: bool,
+    causal: bool,
+    scale: float,
+    dropout: tuple[float, bool, int],
+) -> tuple[bool, Launch]:
+    """Whether the kernels can read such tensors, and a launch for them, of those in `_options`.
+    `strides_of` has those of q, k and v, and for backward of the gradients of q and k."""
+    (B, T, H, D), S = shape, k_shape[1]
+    q_stride, k_stride, v_stride, *of_grads = strides_of
+    readable = (
+        k_stride == v_stride
+        and is_aligned(shape, q_stride, _MAX_STRIDE)
+        and is_aligned(k_shape, k_stride, _MAX_STRIDE)
+    )
+    options = _options(is_hopper, dtype, T, S, D, causal, has_lengths, dropout[1])
+    of_tensors = [n for stride in (q_stride, k_stride, *of_grads) for n in strides(stride)]
+    numbers = *of_tensors, scale, *launch_arguments(*dropout), T, S, H
+    if is_hopper is None:
+        kernel, tiles = _attention_short_fwd_kernel, cdiv(T, options["BLOCK_M"])
+    else:
+        kernel, tiles = _attention_short_bwd_kernel, 1
+    return readable, Launch(kernel, (B * H * tiles,), numbers, options)
 
 
 def _all_aligned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,29 +367,19 @@ def forward(
     site: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D) and lse (B, H, T), as `ops/reference.py` has them."""
-    (B, T, H, D), S = q.shape, k.shape[1]
-    q, k, v = _all_aligned(q, k, v)
-    out = q.new_empty(*q.shape)
-    lse = q.new_empty(B, H, T, dtype=torch.float32)
-    given = key_lengths is not None, rng is not None
-    options = _options(None, q.dtype, T, S, D, causal, *given)
-    _attention_short_fwd_kernel[(B * H * cdiv(T, options["BLOCK_M"]),)](
-        q,
-        k,
-        v,
-        contiguous(key_lengths),
-        contiguous(rng),
-        out,
-        lse,
-        *strides(q),
-        *strides(k),
-        scale,
-        *launch_arguments(dropout_p, rng, site),
-        T,
-        S,
-        H,
-        **options,
-    )
+    shape, k_shape = q.shape, k.shape
+    B, T, H, _ = shape
+    dropout = dropout_p, rng is not None, site
+    settings = q.dtype, key_lengths is not None, causal, scale, dropout
+    strides_of = q.stride(), k.stride(), v.stride()
+    readable, launch = _launch(None, shape, k_shape, strides_of, *settings)
+    if not readable:
+        q, k, v = _all_aligned(q, k, v)
+        strides_of = q.stride(), k.stride(), v.stride()
+        _, launch = _launch(None, shape, k_shape, strides_of, *settings)
+    out = q.new_empty(shape)
+    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    launch(q, k, v, contiguous(key_lengths), contiguous(rng), out, lse)
     return out, lse
 
 
@@ -380,14 +401,22 @@ def backward(
     grad_v: Tensor,
 ) -> None:
     """Fill the gradients, whose last stride is 1; grad_k and grad_v have one set of strides."""
-    (B, T, H, D), S = q.shape, k.shape[1]
-    q, k, v = _all_aligned(q, k, v)
-    given = key_lengths is not None, rng is not None
-    options = _options(is_hopper(q), q.dtype, T, S, D, causal, *given)
+    shape, k_shape = q.shape, k.shape
+    B, T, H, D = shape
+    dropout = dropout_p, rng is not None, site
+    settings = q.dtype, key_lengths is not None, causal, scale, dropout
+    of_grads = grad_q.stride(), grad_k.stride()
+    hopper = is_hopper(q)
+    strides_of = (q.stride(), k.stride(), v.stride(), *of_grads)
+    readable, launch = _launch(hopper, shape, k_shape, strides_of, *settings)
+    if not readable:
+        q, k, v = _all_aligned(q, k, v)
+        strides_of = (q.stride(), k.stride(), v.stride(), *of_grads)
+        _, launch = _launch(hopper, shape, k_shape, strides_of, *settings)
     sums = None
-    if options["BLOCK_M"] < T:
-        sums = q.new_empty(B, H, S, 2, D, dtype=torch.float32)
-    _attention_short_bwd_kernel[(B * H,)](
+    if launch.options["BLOCK_M"] < T:
+        sums = q.new_empty((B, H, k_shape[1], 2, D), dtype=torch.float32)
+    launch(
         grad_out.contiguous(),
         q,
         k,
@@ -400,14 +429,4 @@ def backward(
         grad_k,
         grad_v,
         sums,
-        *strides(q),
-        *strides(k),
-        *strides(grad_q),
-        *strides(grad_k),
-        scale,
-        *launch_arguments(dropout_p, rng, site),
-        T,
-        S,
-        H,
-        **options,
     )

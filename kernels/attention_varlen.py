@@ -16,7 +16,6 @@ from torch import Tensor
 from fastformer.kernels import attention_blocks
 from fastformer.kernels.attention_long import launch_forward, launch_options
 from fastformer.kernels.attention_long_bwd import launch_backward
-from fastformer.kernels.dropout import launch_arguments
 
 refuse = attention_blocks.refuse
 
@@ -35,60 +34,28 @@ def attention_varlen_fwd(
     rng: Tensor | None,
     site: int,
 ) -> tuple[Tensor, Tensor]:
-    N, H, D = q.shape
-    out = q.new_empty(*q.shape)
-    lse = q.new_empty(H, N, dtype=torch.float32)
+    N, H, _ = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((H, N), dtype=torch.float32)
     launch_forward(
         q,
         k,
         v,
         out,
         lse,
-        (cu_seqlens_q, cu_seqlens_k),
+        cu_seqlens_q,
+        cu_seqlens_k,
         None,
         (cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k),
         causal,
         scale,
-        launch_arguments(dropout_p, rng, site),
+        dropout_p,
         rng,
+        site,
         chunk=max(1, max_seqlen_k),
-        options=launch_options(D, q.element_size(), rng is not None),
+        options_of=launch_options,
     )
     return out, lse
-
-
-def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: tuple[Tensor, Tensor],
-    longest: tuple[int, int],
-    grads: tuple[Tensor, Tensor, Tensor],
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    rng: Tensor | None,
-    site: int,
-) -> None:
-    launch_backward(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens,
-        None,
-        (cu_seqlens[0].numel() - 1, *longest),
-        causal,
-        scale,
-        launch_arguments(dropout_p, rng, site),
-        rng,
-        grads,
-    )
 
 
 def attention_varlen_bwd(
@@ -104,9 +71,10 @@ def attention_varlen_bwd(
     max_seqlen_k: int,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cu_seqlens, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    grads = q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
-    _backward(grad_out, q, k, v, out, lse, cu_seqlens, longest, grads, *settings)
+    cu_seqlens = cu_seqlens_q, cu_seqlens_k
+    sizes = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    launch_backward(grad_out, q, k, v, out, lse, *cu_seqlens, None, sizes, grads, *settings)
     return grads
 
 
@@ -120,9 +88,10 @@ def attention_varlen_qkvpacked_bwd(
     *settings: Any,
 ) -> Tensor:
     q, k, v = qkv.unbind(1)
-    lengths = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
-    grad = qkv.new_empty(*qkv.shape)
+    sizes = cu_seqlens.numel() - 1, max_seqlen, max_seqlen
+    grad = qkv.new_empty(qkv.shape)
+    both = cu_seqlens, cu_seqlens
     grad_q, grad_k, grad_v = grad.unbind(1)
     grads = grad_q, grad_k, grad_v
-    _backward(grad_out, q, k, v, out, lse, *lengths, grads, *settings)
+    launch_backward(grad_out, q, k, v, out, lse, *both, None, sizes, grads, *settings)
     return grad

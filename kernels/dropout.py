@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer._dropout import dropout_scale, dropout_threshold
-from fastformer.kernels.launch import CachedLaunch, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
 
 _BLOCK_C = 256
 _TILE = 4096  # elements that a program draws
@@ -52,9 +52,10 @@ def _rate(dropout_p: float) -> tuple[int, float]:
     return dropout_threshold(dropout_p), dropout_scale(dropout_p)
 
 
-def launch_arguments(dropout_p: float, rng: Tensor | None, site: int) -> tuple[int, int, float]:
-    """What a kernel takes beside `rng`: the site, the threshold and the scale of what is kept."""
-    return (0, 0, 1.0) if rng is None else (site, *_rate(dropout_p))
+def launch_arguments(dropout_p: float, drops: bool, site: int) -> tuple[int, int, float]:
+    """What a kernel takes beside `rng`, which there is if it `drops`: the site, the threshold and
+    the scale of what is kept."""
+    return (site, *_rate(dropout_p)) if drops else (0, 0, 1.0)
 
 
 @CachedLaunch
@@ -81,18 +82,17 @@ def _dropout_mask_kernel(
     tl.store(keep_ptr + offs, keep.to(tl.uint8), mask=mask)
 
 
-def dropout_mask(rows: int, cols: int, p: float, rng: Tensor, site: int) -> Tensor:
-    keep = torch.empty((rows, cols), dtype=torch.bool, device=rng.device)
+@lru_cache(maxsize=1024)
+def _mask_launch(rows: int, cols: int, p: float, site: int) -> Launch:
     block_c = min(_BLOCK_C, max(16, triton.next_power_of_2(cols)))
     block_m = _TILE // block_c
-    _dropout_mask_kernel[(cdiv(rows, block_m) * cdiv(cols, block_c),)](
-        rng.contiguous(),
-        keep.view(torch.uint8),
-        site,
-        dropout_threshold(p),
-        rows,
-        cols,
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-    )
+    grid = (cdiv(rows, block_m) * cdiv(cols, block_c),)
+    numbers = site, dropout_threshold(p), rows, cols
+    options = {"BLOCK_M": block_m, "BLOCK_C": block_c}
+    return Launch(_dropout_mask_kernel, grid, numbers, options)
+
+
+def dropout_mask(rows: int, cols: int, p: float, rng: Tensor, site: int) -> Tensor:
+    keep = torch.empty((rows, cols), dtype=torch.bool, device=rng.device)
+    _mask_launch(rows, cols, p, site)(rng.contiguous(), keep.view(torch.uint8))
     return keep

@@ -5,6 +5,9 @@ text, to find the kernel that it compiled for their like. Here that is a tuple, 
 kind that was made before goes straight to the launcher of the compiled kernel. The rest is left to
 Triton: the first launch of a kind, arguments of other types, and all launches while a profiler
 watches them. Environment variables of Triton count at a first launch.
+
+A wrapper that is called again with tensors of the same shapes and strides makes the same launch but
+for their addresses. What it made of those numbers, it can keep as a `Launch`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from triton.runtime.jit import JITFunction
 
 _INT32 = 2**31
 
+# The launcher of a compiled kernel, with what it takes beside grid and arguments.
+_Found = tuple[Callable[..., None], Any, Any, tuple[Any, ...]]
+
 
 def _reader(
     types: Sequence[type], is_specialised: Sequence[bool]
@@ -33,10 +39,11 @@ def _reader(
     specialised and not from 0 to 2**31 - 1: its width counts.
     """
     names = [f"a{i}" for i in range(len(types))]
-    parts, integers = [], ["0"]
+    parts, integers, addresses = [], ["0"], ["0"]
     for name, kind, specialised in zip(names, types, is_specialised, strict=False):
         if issubclass(kind, Tensor):
-            parts += [f"{name}.dtype", f"{name}.data_ptr() % 16 == 0"]
+            parts.append(f"{name}.dtype")
+            addresses.append(f"{name}.data_ptr()")
         elif kind is int and not specialised:
             integers.append(name)
         elif kind in (int, bool):
@@ -46,7 +53,10 @@ def _reader(
             parts.append(f"getattr({name}, 'layout', None)")
         elif kind not in (float, NoneType):
             return None
-    result = ", ".join([f"({' | '.join(integers)}) >> 31", *parts])
+    # Mostly all addresses are multiples of 16, which is one number then.
+    each = ", ".join(f"{address} & 15 == 0" for address in addresses)
+    aligned = f"({' | '.join(addresses)}) & 15 and ({each})"
+    result = ", ".join([f"({' | '.join(integers)}) >> 31", aligned, *parts])
     return eval(f"lambda {', '.join(names)}: ({result},)")
 
 
@@ -75,8 +85,8 @@ class CachedLaunch:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, grid)
 
-    def key(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
-        """Equal for arguments and options of which Triton makes one kernel; None if not known."""
+    def read(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Equal for arguments on which Triton specialises a kernel alike; None if not known."""
         types = (*map(type, args),)
         try:
             read = self._readers[types]
@@ -88,9 +98,16 @@ class CachedLaunch:
         found = read(*args)
         if found[0]:
             found += (*(_width(value) for value in args if type(value) is int),)
+        return read, found  # the first stands for the types
+
+    def key(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
+        """Equal for arguments and options of which Triton makes one kernel; None if not known."""
+        found = self.read(args)
+        if found is None:
+            return None
         constants = options.values()
         # Their types, as 1 and 1.0 and True are equal.
-        return types, found, *options, *constants, *map(type, constants)
+        return *found, *options, *constants, *map(type, constants)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         active, first = driver.active, args[0]
@@ -99,21 +116,93 @@ class CachedLaunch:
         if home not in (device, -1):
             with torch.cuda.device(home):
                 return self._launch(grid, *args, **options)
+        self.launch(active, device, (*grid, 1, 1)[:3], args, options)
+
+    def launch(
+        self,
+        active: Any,
+        device: int,
+        grid: tuple[int, ...],
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> _Found | None:
+        """Launch on the current device; return what does so again, if that is known."""
         key = active, device, self.key(args, options)
-        launch = self._kernels.get(key)
-        if launch is None or _is_watched():
-            kernel = self.function[grid](*args, **options)
-            rest = self.function.params[len(args) :]
-            # One that was but compiled, and not loaded onto a device, has no module.
-            if key[2] and getattr(kernel, "module", None) and all(p.is_constexpr for p in rest):
-                constants = (*(options.get(p.name, p.default) for p in rest),)
-                found = kernel.run, kernel.function, kernel.packed_metadata, constants
-                self._kernels[key] = found
+        found = self._kernels.get(key)
+        if found is not None and not _is_watched():
+            run, handle, metadata, constants = found
+            stream = active.get_current_stream(device)
+            run(*grid, stream, handle, metadata, None, None, None, *args, *constants)
+            return found
+        kernel = self.function[grid](*args, **options)
+        rest = self.function.params[len(args) :]
+        # One that was but compiled, and not loaded onto a device, has no module.
+        if key[2] and getattr(kernel, "module", None) and all(p.is_constexpr for p in rest):
+            constants = (*(options.get(p.name, p.default) for p in rest),)
+            found = kernel.run, kernel.function, kernel.packed_metadata, constants
+            self._kernels[key] = found
+        return found
+
+
+class Launch:
+    """A launch that lacks but its tensors, which are the first arguments of its kernel.
+
+    The next arguments are `numbers`. The first tensors arrive in the kernel as the descriptors of
+    others of the same shapes and strides, `boxes`, if there are any.
+    """
+
+    def __init__(
+        self,
+        kernel: CachedLaunch,
+        grid: tuple[int, ...],
+        numbers: tuple[Any, ...],
+        options: dict[str, Any],
+        boxes: tuple[Any, ...] = (),
+    ) -> None:
+        self.kernel, self.numbers, self.options = kernel, numbers, options
+        self.grid = (*grid, 1, 1)[:3]
+        self._boxes = boxes
+        self._kernels: dict[tuple[Any, ...], _Found] = {}
+
+    def arguments(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """All that the kernel takes by position."""
+        return *self._boxed(tensors), *self.numbers
+
+    def _boxed(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        return *map(with_base, self._boxes, tensors), *tensors[len(self._boxes) :]
+
+    def __call__(self, first: Tensor, *others: Tensor | None) -> None:
+        active = driver.active
+        device = active.get_current_device()
+        home = first.get_device()
+        if home not in (device, -1):
+            with torch.cuda.device(home):
+                return self(first, *others)
+        tensors = first, *others
+        key = active, device, self.kernel.read(tensors)
+        found = self._kernels.get(key)
+        if self._boxes:
+            tensors = self._boxed(tensors)
+        if found is not None and not _is_watched():
+            run, handle, metadata, rest = found
+            stream = active.get_current_stream(device)
+            run(*self.grid, stream, handle, metadata, None, None, None, *tensors, *rest)
             return
-        run, handle, metadata, constants = launch
-        x, y, z = (*grid, 1, 1)[:3]
-        stream = active.get_current_stream(device)
-        run(x, y, z, stream, handle, metadata, None, None, None, *args, *constants)
+        args = *tensors, *self.numbers
+        known = self.kernel.launch(active, device, self.grid, args, self.options)
+        if known is not None:
+            *launcher, constants = known
+            self._kernels[key] = *launcher, (*self.numbers, *constants)
+
+
+def with_base(descriptor: Any, base: Tensor) -> Any:
+    """The descriptor of a tensor of the same dtype, shape and strides, which are not checked again.
+
+    Its address has to be a multiple of 16, as that of the first one had.
+    """
+    other = object.__new__(type(descriptor))
+    other.__dict__.update(descriptor.__dict__, base=base)
+    return other
 
 
 @lru_cache(maxsize=64)

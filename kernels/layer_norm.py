@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
-from fastformer.kernels.launch import CachedLaunch, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
 
 MAX_C = 8192  # what the registers of sixteen warps hold in backward
 _TILE = 1024  # elements of narrow rows that a program takes at a time
@@ -227,6 +227,24 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+@lru_cache(maxsize=1024)
+def _forward_launch(N: int, C: int, eps: float, dropout: tuple[float, bool, int]) -> Launch:
+    options = _launch_options(C)
+    numbers = eps, *launch_arguments(*dropout), N, C
+    return Launch(_layer_norm_fwd_kernel, (cdiv(N, options["BLOCK_M"]),), numbers, options)
+
+
+@lru_cache(maxsize=1024)
+def _backward_launch(N: int, C: int, dropout: tuple[float, bool, int]) -> tuple[int, Launch]:
+    """The number of programs, each of which leaves its sums, and their launch."""
+    options = _launch_options(C)
+    most = max(_LEAST_PROGRAMS, _MAX_PROGRAMS * _TILE // options["BLOCK_C"])
+    programs = cdiv(N, options["BLOCK_M"] * _TILES_PER_PROGRAM)
+    programs = min(_MAX_PROGRAMS, most, max(1, programs))  # one, if only to store zeros
+    numbers = *launch_arguments(*dropout), N, C, programs
+    return programs, Launch(_layer_norm_bwd_kernel, (programs,), numbers, options)
+
+
 def _forward(
     x: Tensor,
     residual: Tensor | None,
@@ -238,14 +256,14 @@ def _forward(
     rng: Tensor | None = None,
     site: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    C = x.shape[-1]
+    shape = x.shape
+    C = shape[-1]
     N = x.numel() // C
-    out = x.new_empty(*x.shape, dtype=out_dtype)
-    new_residual = None if residual is None else residual.new_empty(*x.shape)
+    out = x.new_empty(shape, dtype=out_dtype)
+    new_residual = None if residual is None else residual.new_empty(shape)
     mean = x.new_empty(N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    options = _launch_options(C)
-    _layer_norm_fwd_kernel[(cdiv(N, options["BLOCK_M"]),)](
+    _forward_launch(N, C, eps, (dropout_p, rng is not None, site))(
         x.contiguous(),
         _contiguous(residual),
         weight.contiguous(),
@@ -255,11 +273,6 @@ def _forward(
         new_residual,
         mean,
         rstd,
-        eps,
-        *launch_arguments(dropout_p, rng, site),
-        N,
-        C,
-        **options,
     )
     return out, new_residual, mean, rstd
 
@@ -279,15 +292,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Fill `grad_x` and `grad_residual`; return the gradients of weight and bias."""
     C = x.shape[-1]
-    N = x.numel() // C
-    options = _launch_options(C)
-    most = max(_LEAST_PROGRAMS, _MAX_PROGRAMS * _TILE // options["BLOCK_C"])
-    programs = cdiv(N, options["BLOCK_M"] * _TILES_PER_PROGRAM)
-    programs = min(_MAX_PROGRAMS, most, max(1, programs))  # one, if only to store zeros
-    sums = x.new_empty(programs, 2, C, dtype=torch.float32)
+    programs, launch = _backward_launch(x.numel() // C, C, (dropout_p, rng is not None, site))
+    sums = x.new_empty((programs, 2, C), dtype=torch.float32)
     grad_weight = weight.new_empty(C)
     grad_bias = torch.empty_like(grad_weight)
-    _layer_norm_bwd_kernel[(programs,)](
+    launch(
         grad_out.contiguous(),
         _contiguous(grad_new_residual),
         x.contiguous(),
@@ -301,11 +310,6 @@ def _backward(
         grad_bias,
         sums,
         _tickets(x),
-        *launch_arguments(dropout_p, rng, site),
-        N,
-        C,
-        programs,
-        **options,
     )
     return grad_weight, grad_bias
 
@@ -320,7 +324,7 @@ def layer_norm_fwd(
 def layer_norm_bwd(
     grad_out: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = x.new_empty(*x.shape)
+    grad_x = x.new_empty(x.shape)
     return grad_x, *_backward(grad_out, None, x, weight, mean, rstd, grad_x, None)
 
 
@@ -350,8 +354,8 @@ def add_layer_norm_bwd(
     rng: Tensor | None,
     site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_x = new_residual.new_empty(*new_residual.shape, dtype=x_dtype)
-    grad_residual = new_residual.new_empty(*new_residual.shape)
+    grad_x = new_residual.new_empty(new_residual.shape, dtype=x_dtype)
+    grad_residual = new_residual.new_empty(new_residual.shape)
     grads = _backward(
         grad_normed,
         grad_new_residual,

@@ -10,6 +10,7 @@ N rows, C model dim, F hidden dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -19,8 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
-from fastformer.kernels.launch import CachedLaunch, architecture, cdiv
-from fastformer.kernels.product import columns, has_tma, matrix, operands, product, tile_of
+from fastformer.kernels.launch import CachedLaunch, Launch, architecture, cdiv
+from fastformer.kernels.product import (
+    blocks,
+    columns,
+    descriptor_like,
+    fits_tma,
+    matrix,
+    product,
+    tile_of,
+)
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -218,6 +229,39 @@ def _launch_options(dtype: torch.dtype, tma: bool) -> dict[str, Any]:
     return {**tile, "BLOCK_K": 32, "PART": 16, "num_stages": 4}
 
 
+@lru_cache(maxsize=1024)
+def _launch(
+    kernel: CachedLaunch,
+    left: tuple[tuple[int, ...], tuple[int, ...]],
+    right: tuple[tuple[int, ...], tuple[int, ...]],
+    dtype: torch.dtype,
+    arch: int,
+    aligned: bool,
+    tanh: bool,
+    dropout: tuple[float, bool, int],
+    options_of: Callable[[torch.dtype, bool], dict[str, Any]],
+) -> Launch:
+    """The launch of a kernel for operands of these shapes and strides; `aligned`: their addresses
+    are multiples of 16."""
+    is_forward = kernel is _mlp_fwd_kernel
+    (N, C), F = left[0], right[0][0 if is_forward else 1]
+    size = dtype.itemsize
+    tma = arch >= 90 and aligned and fits_tma(*left, size) and fits_tma(*right, size)
+    options = options_of(dtype, tma)
+    if not is_forward and tanh and dropout[1] and size == 2 and arch >= 100:
+        options = options | {"PART": 16}  # of more columns registers spill there
+    tiles = cdiv(N, options["BLOCK_M"]) * cdiv(F, options["BLOCK_N"])
+    numbers = *launch_arguments(*dropout), N, C, F, *left[1], *right[1]
+    boxes: tuple[Any, ...] = ()
+    if tma:
+        of_left, of_right = blocks(options, transposed=is_forward)
+        boxes = (
+            descriptor_like(*left, dtype, of_left),
+            descriptor_like(*right, dtype, of_right),
+        )
+    return Launch(kernel, (tiles,), numbers, {"TANH": tanh, **options}, boxes)
+
+
 def mlp_fwd(
     x: Tensor,
     w1: Tensor,
@@ -230,30 +274,18 @@ def mlp_fwd(
     site: int,
 ) -> tuple[Tensor, Tensor]:
     rows, w1 = matrix(x), matrix(w1)
-    (N, C), F = rows.shape, w1.shape[0]
-    pre = x.new_empty(N, F)
+    operands = (rows.shape, rows.stride()), (w1.shape, w1.stride())
+    aligned = (rows.data_ptr() | w1.data_ptr()) % 16 == 0
+    settings = x.dtype, architecture(x), aligned, tanh, (dropout_p, rng is not None, site)
+    launch = _launch(_mlp_fwd_kernel, *operands, *settings, _launch_options)
+    pre = x.new_empty((rows.shape[0], w1.shape[0]))
     hidden = torch.empty_like(pre)
-    tma = has_tma(rows, w1)
-    options = _launch_options(x.dtype, tma)
-    tiles = cdiv(N, options["BLOCK_M"]) * cdiv(F, options["BLOCK_N"])
-    _mlp_fwd_kernel[(tiles,)](
-        *operands(rows, w1, True, tma, options),
-        None if b1 is None else b1.contiguous(),
-        None if rng is None else rng.contiguous(),
-        pre,
-        hidden,
-        *launch_arguments(dropout_p, rng, site),
-        N,
-        C,
-        F,
-        *rows.stride(),
-        *w1.stride(),
-        TANH=tanh,
-        **options,
-    )
+    b1 = None if b1 is None else b1.contiguous()
+    rng = None if rng is None else rng.contiguous()
+    launch(rows, w1, b1, rng, pre, hidden)
     out = hidden @ w2.t() if b2 is None else torch.addmm(b2, hidden, w2.t())
     # Not view: the result of an op is a tensor of its own, which may be changed in place.
-    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], w2.shape[0])), pre
+    return _unsafe_view(out, (*x.shape[:-1], w2.shape[0])), pre
 
 
 def mlp_bwd(
@@ -269,31 +301,16 @@ def mlp_bwd(
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, grad, dense_w2 = x.reshape(-1, x.shape[-1]), matrix(grad_out), matrix(w2)
-    (N, C), F = grad.shape, w2.shape[1]
-    grad_pre = x.new_empty(N, F)
+    operands = (grad.shape, grad.stride()), (dense_w2.shape, dense_w2.stride())
+    aligned = (grad.data_ptr() | dense_w2.data_ptr()) % 16 == 0
+    settings = x.dtype, architecture(x), aligned, tanh, (dropout_p, rng is not None, site)
+    launch = _launch(_mlp_bwd_kernel, *operands, *settings, _launch_options)
+    N, F = grad.shape[0], w2.shape[1]
+    grad_pre = x.new_empty((N, F))
     hidden = torch.empty_like(grad_pre)
-    tma = has_tma(grad, dense_w2)
-    options = _launch_options(x.dtype, tma)
-    if tanh and rng is not None and x.element_size() == 2 and architecture(x) >= 100:
-        options = options | {"PART": 16}  # of more columns registers spill there
-    tiles_m = cdiv(N, options["BLOCK_M"])
-    partial = x.new_empty(tiles_m, F, dtype=torch.float32)
-    _mlp_bwd_kernel[(tiles_m * cdiv(F, options["BLOCK_N"]),)](
-        *operands(grad, dense_w2, False, tma, options),
-        pre.contiguous(),
-        None if rng is None else rng.contiguous(),
-        grad_pre,
-        hidden,
-        partial,
-        *launch_arguments(dropout_p, rng, site),
-        N,
-        C,
-        F,
-        *grad.stride(),
-        *dense_w2.stride(),
-        TANH=tanh,
-        **options,
-    )
+    partial = x.new_empty((cdiv(N, launch.options["BLOCK_M"]), F), dtype=torch.float32)
+    rng = None if rng is None else rng.contiguous()
+    launch(grad, dense_w2, pre.contiguous(), rng, grad_pre, hidden, partial)
     return (
         (grad_pre @ w1).view(x.shape),
         (grad_pre.t() @ rows).to(grad_dtype),

@@ -8,14 +8,16 @@ of a multiple of 16 bytes): the addresses then cost neither registers nor instru
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastformer.kernels.launch import architecture
+from fastformer.kernels.launch import architecture, with_base
 
 
 @triton.jit
@@ -115,19 +117,41 @@ def columns(x, ROWS: tl.constexpr, COLS: tl.constexpr, PART: tl.constexpr):
 
 def matrix(t: Tensor) -> Tensor:
     """All leading dimensions flattened; a copy where neither rows nor columns are dense."""
-    rows = t.reshape(-1, t.shape[-1])
+    rows = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return rows if 1 in rows.stride() else rows.contiguous()
 
 
+def fits_tma(shape: tuple[int, ...], stride: tuple[int, ...], size: int) -> bool:
+    """Whether TMA copies such a matrix of elements of `size` bytes: its rows begin at multiples of
+    16 bytes, as its address has to be one."""
+    return 0 not in shape and stride[1] == 1 and stride[0] * size % 16 == 0
+
+
 def has_tma(*operands: Tensor) -> bool:
-    """Whether TMA copies them: on their device, by rows that begin at multiples of 16 bytes."""
+    """Whether TMA copies them on their device."""
     return architecture(operands[0]) >= 90 and all(
-        t.numel() > 0
-        and t.stride(1) == 1
-        and t.data_ptr() % 16 == 0
-        and t.stride(0) * t.element_size() % 16 == 0
-        for t in operands
+        t.data_ptr() % 16 == 0 and fits_tma(t.shape, t.stride(), t.element_size()) for t in operands
     )
+
+
+def blocks(
+    options: dict[str, Any], transposed: bool, left_transposed: bool = False
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a descriptor of each operand copies at a time."""
+    block_m, block_n, block_k = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
+    return (
+        (block_k, block_m) if left_transposed else (block_m, block_k),
+        (block_n, block_k) if transposed else (block_k, block_n),
+    )
+
+
+@lru_cache(maxsize=1024)
+def descriptor_like(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, block: tuple[int, int]
+) -> TensorDescriptor:
+    """That of no tensor, for `with_base`."""
+    base = torch.empty(0, dtype=dtype, device="meta")
+    return TensorDescriptor(base, list(shape), list(stride), list(block))
 
 
 def operands(
@@ -142,10 +166,8 @@ def operands(
     (K, M) if `left_transposed`, else (M, K)."""
     if not tma:
         return a, b
-    block_m, block_n, block_k = (options[f"BLOCK_{name}"] for name in "MNK")
-    a_block = [block_k, block_m] if left_transposed else [block_m, block_k]
-    b_block = [block_n, block_k] if transposed else [block_k, block_n]
+    of_a, of_b = blocks(options, transposed, left_transposed)
     return (
-        TensorDescriptor.from_tensor(a, a_block),
-        TensorDescriptor.from_tensor(b, b_block),
+        with_base(descriptor_like(a.shape, a.stride(), a.dtype, of_a), a),
+        with_base(descriptor_like(b.shape, b.stride(), b.dtype, of_b), b),
     )

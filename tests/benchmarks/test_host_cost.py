@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="needs Triton, which there is for Linux onl
 from benchmarks import bench_host_cost
 from benchmarks.gate import WrongResult
 from benchmarks.harness import QUICK, Options
-from fastformer.kernels.launch import CachedLaunch
+from fastformer.kernels.launch import Launch
 
 
 def test_the_host_cost_of_launches_is_measured_if_they_are_those_of_triton(monkeypatch) -> None:
@@ -19,9 +19,10 @@ def test_the_host_cost_of_launches_is_measured_if_they_are_those_of_triton(monke
     table = bench_host_cost.BENCHMARK.table(rows).splitlines()[2:]
     assert all(float(cell) > 0 for line in table for cell in line.split("|")[2:5])
 
-    def of_another_grid(kernel, grid):
-        return kernel.function[(grid[0] + 1,)]
+    def on_another_grid(launch, *tensors):
+        grid = launch.grid[0] + 1, 1, 1
+        launch.kernel.function[grid](*launch.arguments(tensors), **launch.options)
 
-    monkeypatch.setattr(CachedLaunch, "__getitem__", of_another_grid)
+    monkeypatch.setattr(Launch, "__call__", on_another_grid)
     with pytest.raises(WrongResult, match="layer_norm_fwd: other launches than Triton's"):
         case.run(QUICK)

@@ -13,7 +13,7 @@ from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from fastformer.kernels.launch import CachedLaunch  # noqa: E402
+from fastformer.kernels.launch import CachedLaunch, Launch, with_base  # noqa: E402
 from tests.ptx.triton_compile import stub_launcher  # noqa: E402
 from tests.ptx.triton_launch import emulated  # noqa: E402
 
@@ -148,6 +148,41 @@ def test_hooks_see_every_launch(launches, runs):
     finally:
         knobs.runtime.launch_enter_hook.remove(seen.append)
     assert len(runs) == 3 and launches[-1][7] is knobs.runtime.launch_enter_hook
+
+
+TENSORS = [(X, Y), (X.bfloat16(), Y), (X[1:], Y), (X, Y[1:]), (X, None), (X[4:], Y[8:])]
+
+
+@newer_triton
+def test_a_launch_that_is_kept_looks_at_its_tensors(launches, runs):
+    kept = Launch(CachedLaunch(_kernel), (3,), (64, 16, 0.5), OPTIONS)
+    for x, y in TENSORS:
+        expected = calls_of(launches, _kernel, [USUAL | OPTIONS | {"x": x, "y": y}])
+        del launches[:]
+        kept(x, y)
+        kept(x, y)
+        assert [(call[:3], call[4], call[9:14]) for call in launches] == 2 * expected
+    assert len(runs) == len(TENSORS) + 5  # the last one is as the first
+
+
+def test_hooks_see_a_launch_that_is_kept(launches, runs):
+    seen, kept = [], Launch(CachedLaunch(_kernel), (3,), (64, 16, 0.5), OPTIONS)
+    kept(X, Y)
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        kept(X, Y)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(seen.append)
+    kept(X, Y)
+    assert len(runs) == 2 and [call[7] is not None for call in launches] == [True, True, False]
+
+
+@newer_triton
+def test_a_descriptor_of_another_tensor(launches):
+    a, b = torch.ones(32, 16), torch.ones(32, 16)
+    like = TensorDescriptor.from_tensor(a, [4, 16])
+    assert with_base(like, b) == TensorDescriptor.from_tensor(b, [4, 16])
+    assert like.base is a
 
 
 def test_kernels_that_were_only_compiled_are_not_kept(runs):
