@@ -73,7 +73,7 @@ def attention_fwd(
 def attention_bwd(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grads = q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
     _, T, H, D = q.shape
     kernels = _kernels(T, k.shape[1], H, D)
     kernels.backward(grad_out, q, k, v, *saved, *grads)
@@ -82,7 +82,7 @@ def attention_bwd(
 
 def attention_qkvpacked_bwd(grad_out: Tensor, qkv: Tensor, *saved: Any) -> Tensor:
     shape = qkv.shape
-    grad = qkv.new_empty(shape)
+    grad = qkv.new_empty(*shape)
     _, T, _, H, D = shape
     _kernels(T, T, H, D).backward(grad_out, *qkv.unbind(2), *saved, *grad.unbind(2))
     return grad

@@ -106,11 +106,11 @@ def forward(
     shape, S = q.shape, k.shape[1]
     B, T, H, _ = shape
     chunk, chunks, combine = _chunks(shape, S, q.element_size())
-    out = partial_out = q.new_empty(shape)
-    lse = partial_lse = q.new_empty((B, H, T), dtype=torch.float32)
+    out = partial_out = q.new_empty(*shape)
+    lse = partial_lse = q.new_empty(B, H, T, dtype=torch.float32)
     if chunks > 1:
-        partial_out = q.new_empty((chunks, *shape), dtype=torch.float32)
-        partial_lse = q.new_empty((chunks, B, H, T), dtype=torch.float32)
+        partial_out = q.new_empty(chunks, *shape, dtype=torch.float32)
+        partial_lse = q.new_empty(chunks, B, H, T, dtype=torch.float32)
     launch_forward(
         q,
         k,

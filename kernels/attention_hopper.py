@@ -403,8 +403,8 @@ def forward(
     """out (B, T, H, D) and lse (B, H, T) of `ops.reference.attention_fwd`, if not `refuse`d."""
     shape = q.shape
     B, T, H, _ = shape
-    out = q.new_empty(shape)
-    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    out = q.new_empty(*shape)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
     strides_of = q.stride(), k.stride(), v.stride(), out.stride()
     settings = q.dtype, _multiprocessors(q.device), causal, scale
     launch = _launch(shape, k.shape, *strides_of, *settings)

@@ -275,8 +275,8 @@ def forward(
     """out (B, T, H, D) and lse (B, H, T) of `ops.reference.attention_fwd`."""
     B, T, H, _ = q.shape
     S = k.shape[1]
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    out = q.new_empty(*q.shape)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
     launch_forward(
         q,
         k,

@@ -389,7 +389,7 @@ def launch_backward(
     grad_out = grad_out.contiguous()
     cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     index = cu_seqlens_q, cu_seqlens_k, contiguous(key_lengths), contiguous(rng)
-    lse_log2, delta = q.new_empty(shape, dtype=torch.float32).unbind()
+    lse_log2, delta = q.new_empty(*shape, dtype=torch.float32).unbind()
     out, lse = out.contiguous(), lse.contiguous()
     for_q(grad_out, q, k, v, out, lse, lse_log2, delta, grad_q, *index)
     for_kv(grad_out, q, k, v, lse_log2, delta, grad_k, grad_v, *index)

@@ -377,8 +377,8 @@ def forward(
         q, k, v = _all_aligned(q, k, v)
         strides_of = q.stride(), k.stride(), v.stride()
         _, launch = _launch(None, shape, k_shape, strides_of, *settings)
-    out = q.new_empty(shape)
-    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    out = q.new_empty(*shape)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
     launch(q, k, v, contiguous(key_lengths), contiguous(rng), out, lse)
     return out, lse
 
@@ -415,7 +415,7 @@ def backward(
         _, launch = _launch(hopper, shape, k_shape, strides_of, *settings)
     sums = None
     if launch.options["BLOCK_M"] < T:
-        sums = q.new_empty((B, H, k_shape[1], 2, D), dtype=torch.float32)
+        sums = q.new_empty(B, H, k_shape[1], 2, D, dtype=torch.float32)
     launch(
         grad_out.contiguous(),
         q,

@@ -35,8 +35,8 @@ def attention_varlen_fwd(
     site: int,
 ) -> tuple[Tensor, Tensor]:
     N, H, _ = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((H, N), dtype=torch.float32)
+    out = q.new_empty(*q.shape)
+    lse = q.new_empty(H, N, dtype=torch.float32)
     launch_forward(
         q,
         k,
@@ -73,7 +73,7 @@ def attention_varlen_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     cu_seqlens = cu_seqlens_q, cu_seqlens_k
     sizes = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grads = q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
     launch_backward(grad_out, q, k, v, out, lse, *cu_seqlens, None, sizes, grads, *settings)
     return grads
 
@@ -89,7 +89,7 @@ def attention_varlen_qkvpacked_bwd(
 ) -> Tensor:
     q, k, v = qkv.unbind(1)
     sizes = cu_seqlens.numel() - 1, max_seqlen, max_seqlen
-    grad = qkv.new_empty(qkv.shape)
+    grad = qkv.new_empty(*qkv.shape)
     both = cu_seqlens, cu_seqlens
     grad_q, grad_k, grad_v = grad.unbind(1)
     grads = grad_q, grad_k, grad_v

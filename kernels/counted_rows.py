@@ -238,7 +238,7 @@ class CountedRows:
         columns = table.shape[1]
         self.order = targets.new_empty(N)
         self.count = targets.new_zeros((), dtype=torch.int32)
-        self.rows = x.new_empty((N, columns))
+        self.rows = x.new_empty(N, columns)
         self.table = table
         self.several = several
         self.grad_x: Tensor | None = None
@@ -278,7 +278,7 @@ class CountedRows:
         adds = self.grad_table is not None
         if self.grad_table is None:
             dtype = torch.float32 if self.several else weight.dtype
-            self.grad_table = weight.new_empty((V, columns), dtype=dtype)
+            self.grad_table = weight.new_empty(V, columns, dtype=dtype)
         rows = self.rows[first : first + size]
         tma = has_tma(grad, rows)
         options = _launch_options(grad.dtype, tma)

@@ -259,8 +259,8 @@ def _forward(
     shape = x.shape
     C = shape[-1]
     N = x.numel() // C
-    out = x.new_empty(shape, dtype=out_dtype)
-    new_residual = None if residual is None else residual.new_empty(shape)
+    out = x.new_empty(*shape, dtype=out_dtype)
+    new_residual = None if residual is None else residual.new_empty(*shape)
     mean = x.new_empty(N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     _forward_launch(N, C, eps, (dropout_p, rng is not None, site))(
@@ -293,7 +293,7 @@ def _backward(
     """Fill `grad_x` and `grad_residual`; return the gradients of weight and bias."""
     C = x.shape[-1]
     programs, launch = _backward_launch(x.numel() // C, C, (dropout_p, rng is not None, site))
-    sums = x.new_empty((programs, 2, C), dtype=torch.float32)
+    sums = x.new_empty(programs, 2, C, dtype=torch.float32)
     grad_weight = weight.new_empty(C)
     grad_bias = torch.empty_like(grad_weight)
     launch(
@@ -324,7 +324,7 @@ def layer_norm_fwd(
 def layer_norm_bwd(
     grad_out: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = x.new_empty(x.shape)
+    grad_x = x.new_empty(*x.shape)
     return grad_x, *_backward(grad_out, None, x, weight, mean, rstd, grad_x, None)
 
 
@@ -354,8 +354,8 @@ def add_layer_norm_bwd(
     rng: Tensor | None,
     site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_x = new_residual.new_empty(new_residual.shape, dtype=x_dtype)
-    grad_residual = new_residual.new_empty(new_residual.shape)
+    grad_x = new_residual.new_empty(*new_residual.shape, dtype=x_dtype)
+    grad_residual = new_residual.new_empty(*new_residual.shape)
     grads = _backward(
         grad_normed,
         grad_new_residual,

@@ -163,7 +163,7 @@ class _AllRows:
         grad = padded[:, : weight.shape[0]]
         rows = self.rows[first : first + grad.shape[0]]
         if self.grad_x is None:
-            self.grad_x = weight.new_empty((self.rows.shape[0], weight.shape[1]))
+            self.grad_x = weight.new_empty(self.rows.shape[0], weight.shape[1])
         torch.mm(grad, weight, out=self.grad_x[first : first + grad.shape[0]])
         product = grad.t() @ rows
         # One chunk is rounded once. Of several the sum is float32.

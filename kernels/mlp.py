@@ -278,7 +278,7 @@ def mlp_fwd(
     aligned = (rows.data_ptr() | w1.data_ptr()) % 16 == 0
     settings = x.dtype, architecture(x), aligned, tanh, (dropout_p, rng is not None, site)
     launch = _launch(_mlp_fwd_kernel, *operands, *settings, _launch_options)
-    pre = x.new_empty((rows.shape[0], w1.shape[0]))
+    pre = x.new_empty(rows.shape[0], w1.shape[0])
     hidden = torch.empty_like(pre)
     b1 = None if b1 is None else b1.contiguous()
     rng = None if rng is None else rng.contiguous()
@@ -306,9 +306,9 @@ def mlp_bwd(
     settings = x.dtype, architecture(x), aligned, tanh, (dropout_p, rng is not None, site)
     launch = _launch(_mlp_bwd_kernel, *operands, *settings, _launch_options)
     N, F = grad.shape[0], w2.shape[1]
-    grad_pre = x.new_empty((N, F))
+    grad_pre = x.new_empty(N, F)
     hidden = torch.empty_like(grad_pre)
-    partial = x.new_empty((cdiv(N, launch.options["BLOCK_M"]), F), dtype=torch.float32)
+    partial = x.new_empty(cdiv(N, launch.options["BLOCK_M"]), F, dtype=torch.float32)
     rng = None if rng is None else rng.contiguous()
     launch(grad, dense_w2, pre.contiguous(), rng, grad_pre, hidden, partial)
     return (
