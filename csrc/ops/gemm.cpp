@@ -14,6 +14,9 @@
 namespace fastformer {
 namespace {
 
+// With fewer, packing the other operand does not pay; and the same against PyTorch's own loops.
+constexpr int64_t kLeastRows = 16, kLeastRowsForLoops = 4;
+
 enum class Choice { own, library, measured };
 
 Choice asked() {
@@ -32,13 +35,11 @@ Choice asked() {
 
 #if defined(__x86_64__)
 bool libraries_lack_bf16() {
-  __builtin_cpu_init();
-  static const bool lack = !__builtin_cpu_supports("avx512f");
+  static const bool lack = (__builtin_cpu_init(), !__builtin_cpu_supports("avx512f"));
   return lack;
 }
 bool is_amd() {
-  __builtin_cpu_init();
-  static const bool amd = __builtin_cpu_is("amd");
+  static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
   return amd;
 }
 #else
@@ -53,8 +54,8 @@ bool is_amd() { return false; }
 bool wins(int type, int64_t rows, const cpu::GemmKernels &kernels) {
   const bool is_bf16 = type == 1;
   if (libraries_lack_bf16())
-    return is_bf16 && rows >= 4;
-  return is_amd() && !(is_bf16 && kernels.widens_bf16) && rows >= 16;
+    return is_bf16 && rows >= kLeastRowsForLoops;
+  return is_amd() && !(is_bf16 && kernels.widens_bf16) && rows >= kLeastRows;
 }
 
 bool chosen(int type, int64_t rows, const cpu::GemmKernels &kernels) {
