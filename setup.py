@@ -42,10 +42,10 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 MIN_TORCH = (2, 11)
 
-CPU_OPS = ["dropout", "gemm", "layer_norm", "linear", "mlp", "linear_cross_entropy"]
+CPU_OPS = ["dropout", "embedding", "gemm", "layer_norm", "linear", "mlp", "linear_cross_entropy"]
 CPU_OPS += ["attention_fwd", "attention_bwd", "adamw"]
 BINDINGS = ["dropout", "attention", "layer_norm", "linear", "linear_cross_entropy", "mlp"]
-BINDINGS += ["adamw", "gemm", "memory", "attention_cuda", "attention_decode"]
+BINDINGS += ["embedding", "adamw", "gemm", "memory", "attention_cuda", "attention_decode"]
 CUDA_SOURCES = ["runtime", "dropout", "layer_norm", "attention_fwd", "attention_bwd"]
 CUDA_SOURCES += ["attention_decode", "mlp"]
 

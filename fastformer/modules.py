@@ -55,6 +55,17 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """torch.nn.Embedding without its options, run by the op `embedding`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up `ids` (...); return (..., C)."""
+        return ops.embedding(ids, self.weight)
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where the real tokens of a padded batch (B, T) stand when they follow one another.

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastformer import ops
-from fastformer.modules import Block, KeyValueCache, LayerNorm, Linear, Packing, last_site
+from fastformer.modules import (
+    Block,
+    Embedding,
+    KeyValueCache,
+    LayerNorm,
+    Linear,
+    Packing,
+    last_site,
+)
 
 IGNORE_INDEX = -100
 
@@ -228,11 +236,9 @@ class TextEmbedding(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.token = nn.Embedding(config.vocab_size, config.dim)
-        self.position = nn.Embedding(config.max_tokens, config.dim)
-        self.token_type = (
-            nn.Embedding(config.token_types, config.dim) if config.token_types else None
-        )
+        self.token = Embedding(config.vocab_size, config.dim)
+        self.position = Embedding(config.max_tokens, config.dim)
+        self.token_type = Embedding(config.token_types, config.dim) if config.token_types else None
         self.norm = LayerNorm(config.dim, eps=config.eps) if config.embedding_norm else None
 
     def forward(

@@ -27,6 +27,7 @@ BACKENDS = {
     "attention_varlen": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")),
     "layer_norm": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")),
     "linear": (*REFERENCE, ("cpu", "cpu")),
+    "embedding": (*REFERENCE, ("cpu", "cpu")),
     "mlp": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")),
     "linear_cross_entropy": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda")),
     "dropout": (*REFERENCE, ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")),

@@ -7,6 +7,7 @@
 #include "cpu/adamw.h"
 #include "cpu/attention.h"
 #include "cpu/dropout.h"
+#include "cpu/embedding.h"
 #include "cpu/gemm.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
@@ -18,6 +19,7 @@ namespace fastformer::cpu {
 struct Kernels {
   const char *isa;
   const DropoutKernels *dropout;
+  const EmbeddingKernels *embedding;
   const GemmKernels *gemm;
   const LayerNormKernels *layer_norm;
   const LinearKernels *linear;

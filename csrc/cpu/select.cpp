@@ -9,6 +9,7 @@ namespace fastformer::cpu {
 #define FASTFORMER_KERNELS(ISA)                                                                    \
   namespace isa_##ISA {                                                                            \
     extern const DropoutKernels dropout_kernels;                                                   \
+    extern const EmbeddingKernels embedding_kernels;                                               \
     extern const GemmKernels gemm_kernels;                                                         \
     extern const LayerNormKernels layer_norm_kernels;                                              \
     extern const LinearKernels linear_kernels;                                                     \
@@ -20,6 +21,7 @@ namespace fastformer::cpu {
   }                                                                                                \
   static const Kernels kernels_##ISA = {#ISA,                                                      \
                                         &isa_##ISA::dropout_kernels,                               \
+                                        &isa_##ISA::embedding_kernels,                             \
                                         &isa_##ISA::gemm_kernels,                                  \
                                         &isa_##ISA::layer_norm_kernels,                            \
                                         &isa_##ISA::linear_kernels,                                \

@@ -99,6 +99,7 @@ private:
 size_t item_size(ScalarType dtype) {
   switch (dtype) {
   case ScalarType::Float:
+  case ScalarType::Int:
     return 4;
   case ScalarType::BFloat16:
     return 2;

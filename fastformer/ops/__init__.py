@@ -4,6 +4,7 @@ from fastformer.ops.attention import attention, attention_qkvpacked
 from fastformer.ops.attention_varlen import attention_varlen, attention_varlen_qkvpacked
 from fastformer.ops.dispatch import backend, explain
 from fastformer.ops.dropout import dropout, dropout_mask
+from fastformer.ops.embedding import embedding
 from fastformer.ops.layer_norm import add_layer_norm, layer_norm
 from fastformer.ops.linear import linear
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy
@@ -18,6 +19,7 @@ __all__ = [
     "backend",
     "dropout",
     "dropout_mask",
+    "embedding",
     "explain",
     "layer_norm",
     "linear",

@@ -35,6 +35,7 @@ BACKENDS = {
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "dropout_mask": ("cpu", "reference"),
+        "embedding_bwd": ("cpu", "reference"),
         "attention_fwd": ("cpu", "reference"),
         "attention_bwd": ("cpu", "reference"),
         "attention_qkvpacked_bwd": ("cpu", "reference"),

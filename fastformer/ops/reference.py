@@ -62,6 +62,16 @@ def _keep(rows: int, cols: int, p: float, rng: Tensor, site: int) -> Tensor:
     return torch.ops.fastformer.dropout_mask.default(rows, cols, p, rng, site)
 
 
+# ---- embedding ----
+
+
+def embedding_bwd(grad_out: Tensor, ids: Tensor, vocabulary: int) -> Tensor:
+    """The gradient (vocabulary, C) of a table: each row is the sum over its tokens."""
+    grad = grad_out.to(accumulator(grad_out.dtype))
+    sums = torch.ops.aten.embedding_dense_backward(grad, ids, vocabulary, -1, False)
+    return sums.to(grad_out.dtype)
+
+
 # ---- attention ----
 
 

@@ -35,6 +35,7 @@ def good():
         "layer_norm": {"x": rows, "weight": weight, "bias": weight.clone()},
         "add_layer_norm": {"x": rows, "residual": rows.clone(), "weight": weight, "bias": None},
         "linear": {"x": rows, "weight": zeros(20, 8), "bias": zeros(20)},
+        "embedding": {"ids": zeros(6, dtype=I64), "weight": zeros(20, 8)},
         "mlp": {"x": rows, "w1": zeros(16, 8), "b1": zeros(16), "w2": zeros(4, 16), "b2": zeros(4)},
         "linear_cross_entropy": {
             "x": rows,
@@ -137,6 +138,10 @@ BAD = [
     ("add_layer_norm", {"residual": zeros(6, 8, dtype=I64)}, TypeError, ["residual", "int64"]),
     ("add_layer_norm", {"weight": zeros(6)}, ValueError, ["weight", "(6,)", "(6, 8)"]),
     ("add_layer_norm", {"eps": -1.0}, ValueError, ["eps", "-1.0"]),
+    ("embedding", {"weight": zeros(8)}, ValueError, ["weight", "(8,)"]),
+    ("embedding", {"weight": zeros(20, 8, dtype=I64)}, TypeError, ["weight", "torch.int64"]),
+    ("embedding", {"ids": zeros(6)}, TypeError, ["ids", "torch.float32"]),
+    ("embedding", {"ids": meta(6).long()}, ValueError, ["ids on meta", "weight on cpu"]),
     ("linear", {"x": zeros(6, 9)}, ValueError, ["(6, 9)", "(20, 8)"]),
     ("linear", {"x": zeros()}, ValueError, ["()", "(20, 8)"]),
     ("linear", {"weight": zeros(8)}, ValueError, ["weight", "(8,)"]),

@@ -105,6 +105,7 @@ def test_every_public_op_can_be_explained():
         "layer_norm": (rows, weight),
         "add_layer_norm": (rows, rows, weight),
         "linear": (rows, torch.zeros(9, 8)),
+        "embedding": (torch.zeros(6, dtype=torch.long), rows),
         "mlp": (rows, torch.zeros(8, 8), None, torch.zeros(8, 8), None),
         "linear_cross_entropy": (rows, torch.zeros(9, 8), torch.zeros(6, dtype=torch.long)),
         "dropout": (rows, 0.5),

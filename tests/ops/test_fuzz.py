@@ -292,6 +292,24 @@ def test_mlp(rows, C, F, C_out, dtype, layouts, biases, **options):
     compare(call, shapes, dtype, layouts, {"w1": C**-0.5, "w2": F**-0.5})
 
 
+@needs_kernel("embedding_bwd")
+@search
+@given(
+    shape=st.lists(st.integers(0, 60), max_size=2).map(tuple),
+    V=st.integers(1, 300) | st.sampled_from([1, 5000]),
+    C=width,
+    used=st.floats(0.0, 1.0),
+    dtype=dtype,
+    layouts=layouts_of("weight"),
+    of_ids=layout,
+)
+def test_embedding(shape, V, C, used, dtype, layouts, of_ids):
+    torch.manual_seed(1)
+    highest = max(1, int(used * V))
+    ids = laid_out(lambda shape: torch.randint(highest, shape), shape, of_ids)
+    compare(lambda weight: ops.embedding(ids, weight), {"weight": (V, C)}, dtype, layouts)
+
+
 @needs_kernel("linear_bwd")
 @search
 @given(

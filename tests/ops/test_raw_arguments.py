@@ -39,6 +39,8 @@ def good(op):
     base = op.removesuffix("_fwd").removesuffix("_bwd")
     if base == "dropout_mask":
         return {"rows": 7, "cols": 33, "p": 0.5, "rng": rng["rng"], "site": 3}
+    if op == "embedding_bwd":
+        return {"grad_out": torch.randn(4, C), "ids": ints(1, 0, 7, 1), "vocabulary": V}
     if base.startswith("attention"):
         shape = (B, T, H, D) if base == "attention" else (N, H, D)
         given = {name: torch.randn(shape) for name in "qkv"}
@@ -98,6 +100,7 @@ OPS = [
     "attention_qkvpacked_bwd",
     "attention_varlen_qkvpacked_bwd",
     "linear_cross_entropy_fwd",
+    "embedding_bwd",
     "dropout_mask",
 ]
 
@@ -146,7 +149,8 @@ def test_the_arguments_to_be_spoiled_are_good(op):
     assert outcome(op, good(op)) is not None
 
 
-@cases(OPS)
+# An embedding takes ids of either type, and rows of any width.
+@cases([op for op in OPS if op != "embedding_bwd"])
 @pytest.mark.parametrize("spoil", [shorter, another_type], ids=["shorter", "another-type"])
 def test_a_tensor_of_another_size_or_type_is_refused(op, spoil):
     arguments = good(op)
@@ -265,6 +269,30 @@ def test_targets_outside_the_vocabulary_are_refused(op, target, grad_dtype):
     arguments = good(op) | {"grad_dtype": grad_dtype}
     arguments["targets"][N // 2] = target
     assert outcome(op, arguments) is None
+
+
+@cases(["embedding_bwd"])
+@pytest.mark.parametrize("dtype", [I32, I64])
+@pytest.mark.parametrize("bad", [V, -1, 2**31 - 1, -(2**31)])
+def test_ids_outside_the_table_are_refused(op, bad, dtype):
+    assert outcome(op, good(op) | {"ids": ints(1, bad, 7, 1, dtype=dtype)}) is None
+
+
+@cases(["embedding_bwd"])
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [("ids", shorter), ("ids", torch.Tensor.float), ("grad_out", another_type)],
+    ids=["fewer-ids", "ids-of-floats", "integer-gradients"],
+)
+def test_gradients_that_do_not_belong_to_ids_are_refused(op, name, spoil):
+    arguments = good(op)
+    assert outcome(op, arguments | {name: spoil(arguments[name])}) is None
+
+
+@cases(["embedding_bwd"])
+@pytest.mark.parametrize("vocabulary", [-1, 0, 7, 2**31, 2**62])
+def test_tables_that_cannot_be_are_refused(op, vocabulary):
+    assert outcome(op, good(op) | {"vocabulary": vocabulary}) is None
 
 
 TYPED = {

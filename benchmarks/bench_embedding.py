@@ -1,0 +1,32 @@
+"""The embedding of tokens, whose gradient is a table of the vocabulary's size."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import CASES, DEFAULT, TrainingCase
+from benchmarks.command import main
+from benchmarks.harness import Unavailable
+from benchmarks.ops import Operation, op_benchmark
+from fastformer import ops
+from fastformer.transformer import TextConfig
+
+
+def _embedding(case: TrainingCase, dtype: torch.dtype) -> Operation:
+    if not isinstance(case.config, TextConfig):
+        raise Unavailable("images have no vocabulary")
+    weight = torch.randn(case.config.vocab_size, case.C)
+    ids = case.batch().inputs
+    return Operation(
+        {"weight": weight.to(dtype)}, partial(ops.embedding, ids), partial(F.embedding, ids)
+    )
+
+
+SHAPES = tuple(name for name in DEFAULT if isinstance(CASES[name].config, TextConfig))
+BENCHMARK = op_benchmark("embedding", "Embedding", {"embedding": _embedding}, shapes=SHAPES)
+
+if __name__ == "__main__":
+    main(BENCHMARK)
