@@ -169,7 +169,11 @@ def _rows(name: str) -> tuple[str, str]:
 
 
 def op_cases(
-    builds: dict[str, Build], shapes: tuple[str, ...], others: tuple[str, ...], options: Options
+    builds: dict[str, Build],
+    shapes: tuple[str, ...],
+    others: tuple[str, ...],
+    suits: Callable[[TrainingCase], bool],
+    options: Options,
 ) -> list[Case]:
     """A case per op, shape and dtype, with a row for both passes and one for forward alone."""
     rivals = ("eager", *others)
@@ -177,6 +181,7 @@ def op_cases(
     dtypes = tuple(DTYPES)
     if options.on_gpu:
         shapes, dtypes = cases.GPU, ("bfloat16",)
+    shapes = tuple(shape for shape in shapes if suits(cases.CASES[shape]))
 
     def all_cases() -> Iterator[Case]:
         for op, build in builds.items():
@@ -196,7 +201,11 @@ def op_benchmark(
     *,
     shapes: tuple[str, ...] = SHAPES,
     others: tuple[str, ...] = (),
+    suits: Callable[[TrainingCase], bool] = lambda case: True,
 ) -> Benchmark:
-    """The usual file: `builds` has its ops by name, `others` the rivals beside eager."""
-    collect = partial(op_cases, builds, shapes, others)
+    """The usual file: `builds` has its ops by name, `others` the rivals beside eager.
+
+    Models that do not suit have no such op.
+    """
+    collect = partial(op_cases, builds, shapes, others, suits)
     return Benchmark(name, about, collect, report.op_table, report.op_record)

@@ -27,6 +27,8 @@ OPS = [b for b in BENCHMARKS if not (b.of_models or b.name in ("ceilings", "host
 @pytest.mark.parametrize("measured", OPS, ids=lambda measured: measured.name)
 @pytest.mark.parametrize("case", ["tiny-gpt", "tiny-bert", "tiny-vit"])
 def test_it_runs(measured, case, capsys) -> None:
+    if (measured.name, case) == ("embedding", "tiny-vit"):
+        pytest.skip("images have no vocabulary")
     main(measured, ["--cases", case, "--quick"])
     out = capsys.readouterr().out
     if "this version has no" not in out:
