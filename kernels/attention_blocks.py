@@ -135,10 +135,6 @@ def aligned(t: Tensor, max_stride: int = _MAX_STRIDE) -> Tensor:
     return t if is_aligned(t.shape, t.stride(), max_stride) else t.contiguous()
 
 
-def contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def strides(stride: tuple[int, ...]) -> tuple[int, int, int]:
     """Of sequences, tokens and heads, as kernels take them; packed tokens have no sequences."""
     *first, token, head, _ = stride

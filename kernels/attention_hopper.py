@@ -31,8 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastformer.kernels.attention_blocks import LN_2, LOG2_E, contiguous, head_block
-from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
+from fastformer.kernels.attention_blocks import LN_2, LOG2_E, head_block
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv, contiguous
 from fastformer.kernels.tile_ring import copy, release, tile, wait
 
 _BLOCK_M = 64  # queries of a warpgroup, the rows of a product on its tensor cores

@@ -27,7 +27,6 @@ from fastformer.kernels.attention_blocks import (
     PRECISION,
     VARYING,
     aligned,
-    contiguous,
     head,
     head_block,
     is_aligned,
@@ -39,7 +38,7 @@ from fastformer.kernels.attention_blocks import (
     strides,
 )
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
-from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv, contiguous
 
 
 @CachedLaunch

@@ -24,7 +24,6 @@ from fastformer.kernels.attention_blocks import (
     PRECISION,
     VARYING,
     aligned,
-    contiguous,
     head,
     head_block,
     is_aligned,
@@ -35,7 +34,7 @@ from fastformer.kernels.attention_blocks import (
     strides,
 )
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
-from fastformer.kernels.launch import CachedLaunch, Launch, architecture, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, architecture, cdiv, contiguous
 
 
 @triton.jit
@@ -386,10 +385,10 @@ def launch_backward(
         q, k, v = aligned(q), aligned(k), aligned(v)
         strides_of = (q.stride(), k.stride(), v.stride(), *of_grads)
         _, shape, for_q, for_kv = _backward_launches(q.shape, k.shape, strides_of, *settings)
-    grad_out = grad_out.contiguous()
+    grad_out = contiguous(grad_out)
     cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     index = cu_seqlens_q, cu_seqlens_k, contiguous(key_lengths), contiguous(rng)
     lse_log2, delta = q.new_empty(*shape, dtype=torch.float32).unbind()
-    out, lse = out.contiguous(), lse.contiguous()
+    out, lse = contiguous(out), contiguous(lse)
     for_q(grad_out, q, k, v, out, lse, lse_log2, delta, grad_q, *index)
     for_kv(grad_out, q, k, v, lse_log2, delta, grad_k, grad_v, *index)

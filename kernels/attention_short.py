@@ -23,14 +23,13 @@ from fastformer.kernels.attention_blocks import (
     LN_2,
     LOG2_E,
     aligned,
-    contiguous,
     head_block,
     is_aligned,
     is_hopper,
     strides,
 )
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
-from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv, contiguous
 
 _MAX_STRIDE = 2**22  # of tokens: 512 of them have offsets of 32 bits inside a head
 
@@ -351,7 +350,7 @@ def _all_aligned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Also, k and v have one set of strides."""
     q, k, v = aligned(q, _MAX_STRIDE), aligned(k, _MAX_STRIDE), aligned(v, _MAX_STRIDE)
     if k.stride() != v.stride():
-        k, v = k.contiguous(), v.contiguous()
+        k, v = contiguous(k), contiguous(v)
     return q, k, v
 
 
@@ -417,12 +416,12 @@ def backward(
     if launch.options["BLOCK_M"] < T:
         sums = q.new_empty(B, H, k_shape[1], 2, D, dtype=torch.float32)
     launch(
-        grad_out.contiguous(),
+        contiguous(grad_out),
         q,
         k,
         v,
-        out.contiguous(),
-        lse.contiguous(),
+        contiguous(out),
+        contiguous(lse),
         contiguous(key_lengths),
         contiguous(rng),
         grad_q,

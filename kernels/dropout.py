@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer._dropout import dropout_scale, dropout_threshold
-from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv, contiguous
 
 _BLOCK_C = 256
 _TILE = 4096  # elements that a program draws
@@ -94,5 +94,5 @@ def _mask_launch(rows: int, cols: int, p: float, site: int) -> Launch:
 
 def dropout_mask(rows: int, cols: int, p: float, rng: Tensor, site: int) -> Tensor:
     keep = torch.empty((rows, cols), dtype=torch.bool, device=rng.device)
-    _mask_launch(rows, cols, p, site)(rng.contiguous(), keep.view(torch.uint8))
+    _mask_launch(rows, cols, p, site)(contiguous(rng), keep.view(torch.uint8))
     return keep

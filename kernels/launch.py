@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 _INT32 = 2**31
+
+_Argument = TypeVar("_Argument", Tensor, Tensor | None)
 
 # The launcher of a compiled kernel, with what it takes beside grid and arguments.
 _Found = tuple[Callable[..., None], Any, Any, tuple[Any, ...]]
@@ -214,6 +216,16 @@ def _architecture(active: Any, device: int) -> int:
 def architecture(t: Tensor) -> int:
     """Of the GPU that has `t`: 80, 90, ..."""
     return _architecture(driver.active, t.get_device())
+
+
+def contiguous(t: _Argument) -> _Argument:
+    """`t`, or a copy whose elements are dense and in order."""
+    return t if t is None else t.contiguous()
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t` in `dtype`. Where it has that already, `to` takes most of a microsecond to see it."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def cdiv(size: int, block: int) -> int:

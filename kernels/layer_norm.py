@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
-from fastformer.kernels.launch import CachedLaunch, Launch, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, cdiv, contiguous
 
 MAX_C = 8192  # what the registers of sixteen warps hold in backward
 _TILE = 1024  # elements of narrow rows that a program takes at a time
@@ -223,10 +223,6 @@ def _tickets(x: Tensor) -> Tensor:
     return _kept_tickets(x.device, driver.active.get_current_stream(x.get_device()))
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 @lru_cache(maxsize=1024)
 def _forward_launch(N: int, C: int, eps: float, dropout: tuple[float, bool, int]) -> Launch:
     options = _launch_options(C)
@@ -264,11 +260,11 @@ def _forward(
     mean = x.new_empty(N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     _forward_launch(N, C, eps, (dropout_p, rng is not None, site))(
-        x.contiguous(),
-        _contiguous(residual),
-        weight.contiguous(),
-        _contiguous(bias),
-        _contiguous(rng),
+        contiguous(x),
+        contiguous(residual),
+        contiguous(weight),
+        contiguous(bias),
+        contiguous(rng),
         out,
         new_residual,
         mean,
@@ -297,13 +293,13 @@ def _backward(
     grad_weight = weight.new_empty(C)
     grad_bias = torch.empty_like(grad_weight)
     launch(
-        grad_out.contiguous(),
-        _contiguous(grad_new_residual),
-        x.contiguous(),
-        weight.contiguous(),
-        mean.contiguous(),
-        rstd.contiguous(),
-        _contiguous(rng),
+        contiguous(grad_out),
+        contiguous(grad_new_residual),
+        contiguous(x),
+        contiguous(weight),
+        contiguous(mean),
+        contiguous(rstd),
+        contiguous(rng),
         grad_x,
         grad_residual,
         grad_weight,

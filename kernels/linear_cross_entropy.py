@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.counted_rows import PADDING, CountedRows
-from fastformer.kernels.launch import CachedLaunch, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, cast, cdiv, contiguous
 
 _CHUNK_BYTES = 1 << 30  # of logits
 _LEAST_ROWS = 256  # the weight is read once more for every chunk
@@ -133,10 +133,29 @@ def _chunk_rows(N: int, bytes_per_row: int) -> int:
     return cdiv(max(1, cdiv(N, chunks)), 64) * 64
 
 
-@lru_cache(maxsize=64)
 def _launch_options(V: int, size: int) -> dict[str, int]:
     block, vec = min(_BLOCK_V, max(512, triton.next_power_of_2(V))), 16 // size
     return {"LANES": block // vec, "VEC": vec, "num_warps": min(16, block // 512)}
+
+
+@lru_cache(maxsize=1024)
+def _launch(
+    rows: int,
+    first: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    V: int,
+    stride: int,
+    size: int,
+    mean: bool,
+    needs_grad: bool,
+) -> Launch:
+    """The launch for the chunk of `rows` rows from `first` on; `size`: bytes of a logit."""
+    numbers = first, ignore_index, label_smoothing, z_loss, V, stride
+    constants = {"MEAN": mean, "SMOOTHS": label_smoothing > 0.0, "NEEDS_GRAD": needs_grad}
+    options = {**constants, "PADDING": PADDING, **_launch_options(V, size)}
+    return Launch(_cross_entropy_kernel, (rows,), numbers, options)
 
 
 class _AllRows:
@@ -185,45 +204,31 @@ def linear_cross_entropy_fwd(
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (N, C), V = x.shape, weight.shape[0]
-    targets = targets.contiguous()
+    targets = contiguous(targets)
     # The bias is a column of the weight whose input is 1: added before the one rounding of a logit,
     # and its gradient comes with that of the weight.
     table = weight if bias is None else _with_column(weight, bias.to(x.dtype))
     size = x.element_size()
     stride = cdiv(V, 64) * 64
-    options = _launch_options(V, size)
     length = _chunk_rows(N, stride * size)
     products: CountedRows | _AllRows
     if mostly_ignored:
         products = CountedRows(x, table, targets, ignore_index, several=length < N)
     else:
         products = _AllRows(x, table, targets, ignore_index)
+    settings = ignore_index, label_smoothing, z_loss, V, stride, size, mean, grad_dtype is not None
     losses = x.new_empty(N, dtype=torch.float32)
     padded = x.new_empty((min(length, N), stride))
-    padded[:, V:] = 0.0
+    if stride > V:
+        padded[:, V:] = 0.0
     for first in range(0, N, length):
         rows = min(length, N - first)
-        products.logits(first, padded[:rows])
-        _cross_entropy_kernel[(rows,)](
-            padded,
-            targets,
-            products.order,
-            products.count,
-            losses,
-            first,
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            V,
-            stride,
-            MEAN=mean,
-            SMOOTHS=label_smoothing > 0.0,
-            NEEDS_GRAD=grad_dtype is not None,
-            PADDING=PADDING,
-            **options,
-        )
+        chunk = padded[:rows]
+        products.logits(first, chunk)
+        launch = _launch(rows, first, *settings)
+        launch(chunk, targets, products.order, products.count, losses)
         if grad_dtype is not None:
-            products.add_gradients(first, padded[:rows], weight)
+            products.add_gradients(first, chunk, weight)
     loss = losses.sum()
     if grad_dtype is None:
         return loss, x.new_empty(0), x.new_empty(0), x.new_empty(0)
@@ -231,6 +236,6 @@ def linear_cross_entropy_fwd(
     if grad_x is None or grad_table is None:  # no rows
         grad_x, grad_table = torch.empty_like(x), torch.zeros_like(table)
     if bias is None:
-        return loss, grad_x, grad_table.to(grad_dtype), x.new_empty(0)
+        return loss, grad_x, cast(grad_table, grad_dtype), x.new_empty(0)
     grad_weight = grad_table[:, :C].to(grad_dtype, copy=True)
     return loss, grad_x, grad_weight, grad_table[:, C].to(grad_dtype, copy=True)

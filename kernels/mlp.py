@@ -10,7 +10,6 @@ N rows, C model dim, F hidden dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.dropout import dropout_state, keep_mask, launch_arguments
-from fastformer.kernels.launch import CachedLaunch, Launch, architecture, cdiv
+from fastformer.kernels.launch import CachedLaunch, Launch, architecture, cast, cdiv, contiguous
 from fastformer.kernels.product import (
     blocks,
     columns,
@@ -239,7 +238,6 @@ def _launch(
     aligned: bool,
     tanh: bool,
     dropout: tuple[float, bool, int],
-    options_of: Callable[[torch.dtype, bool], dict[str, Any]],
 ) -> Launch:
     """The launch of a kernel for operands of these shapes and strides; `aligned`: their addresses
     are multiples of 16."""
@@ -247,7 +245,7 @@ def _launch(
     (N, C), F = left[0], right[0][0 if is_forward else 1]
     size = dtype.itemsize
     tma = arch >= 90 and aligned and fits_tma(*left, size) and fits_tma(*right, size)
-    options = options_of(dtype, tma)
+    options = _launch_options(dtype, tma)
     if not is_forward and tanh and dropout[1] and size == 2 and arch >= 100:
         options = options | {"PART": 16}  # of more columns registers spill there
     tiles = cdiv(N, options["BLOCK_M"]) * cdiv(F, options["BLOCK_N"])
@@ -277,12 +275,10 @@ def mlp_fwd(
     operands = (rows.shape, rows.stride()), (w1.shape, w1.stride())
     aligned = (rows.data_ptr() | w1.data_ptr()) % 16 == 0
     settings = x.dtype, architecture(x), aligned, tanh, (dropout_p, rng is not None, site)
-    launch = _launch(_mlp_fwd_kernel, *operands, *settings, _launch_options)
+    launch = _launch(_mlp_fwd_kernel, *operands, *settings)
     pre = x.new_empty(rows.shape[0], w1.shape[0])
     hidden = torch.empty_like(pre)
-    b1 = None if b1 is None else b1.contiguous()
-    rng = None if rng is None else rng.contiguous()
-    launch(rows, w1, b1, rng, pre, hidden)
+    launch(rows, w1, contiguous(b1), contiguous(rng), pre, hidden)
     out = hidden @ w2.t() if b2 is None else torch.addmm(b2, hidden, w2.t())
     # Not view: the result of an op is a tensor of its own, which may be changed in place.
     return _unsafe_view(out, (*x.shape[:-1], w2.shape[0])), pre
@@ -304,17 +300,16 @@ def mlp_bwd(
     operands = (grad.shape, grad.stride()), (dense_w2.shape, dense_w2.stride())
     aligned = (grad.data_ptr() | dense_w2.data_ptr()) % 16 == 0
     settings = x.dtype, architecture(x), aligned, tanh, (dropout_p, rng is not None, site)
-    launch = _launch(_mlp_bwd_kernel, *operands, *settings, _launch_options)
+    launch = _launch(_mlp_bwd_kernel, *operands, *settings)
     N, F = grad.shape[0], w2.shape[1]
     grad_pre = x.new_empty(N, F)
     hidden = torch.empty_like(grad_pre)
     partial = x.new_empty(cdiv(N, launch.options["BLOCK_M"]), F, dtype=torch.float32)
-    rng = None if rng is None else rng.contiguous()
-    launch(grad, dense_w2, pre.contiguous(), rng, grad_pre, hidden, partial)
+    launch(grad, dense_w2, contiguous(pre), contiguous(rng), grad_pre, hidden, partial)
     return (
         (grad_pre @ w1).view(x.shape),
-        (grad_pre.t() @ rows).to(grad_dtype),
-        partial.sum(0).to(grad_dtype),
-        (grad.t() @ hidden).to(grad_dtype),
-        grad.sum(0, dtype=torch.float32).to(grad_dtype),
+        cast(grad_pre.t() @ rows, grad_dtype),
+        cast(partial.sum(0), grad_dtype),
+        cast(grad.t() @ hidden, grad_dtype),
+        cast(grad.sum(0, dtype=torch.float32), grad_dtype),
     )

@@ -97,6 +97,9 @@ def small_tiles(monkeypatch):
     """Tiles of 16 by 32 in groups of 2 rows, so that few elements are many of them."""
     options = kernels._launch_options(FP32, False) | {"BLOCK_M": 16, "BLOCK_N": 32, "GROUP": 2}
     monkeypatch.setattr(kernels, "_launch_options", lambda dtype, tma: options)
+    kernels._launch.cache_clear()
+    yield
+    kernels._launch.cache_clear()
 
 
 def gradients(triton, values, grad, seed=1, **options):
