@@ -14,18 +14,18 @@ from fastformer import ops
 from fastformer.transformer import TextConfig
 
 
+def _reads_text(case: TrainingCase) -> bool:
+    return isinstance(case.config, TextConfig)
+
+
 def _embedding(case: TrainingCase, dtype: torch.dtype) -> Operation:
-    if not isinstance(case.config, TextConfig):
+    if not _reads_text(case):
         raise ValueError(f"{case.name}: images have no vocabulary")
-    weight = torch.randn(case.config.vocab_size, case.C)
+    weight = torch.randn(case.V, case.C)
     ids = case.batch().inputs
     return Operation(
         {"weight": weight.to(dtype)}, partial(ops.embedding, ids), partial(F.embedding, ids)
     )
-
-
-def _reads_text(case: TrainingCase) -> bool:
-    return isinstance(case.config, TextConfig)
 
 
 BENCHMARK = op_benchmark(

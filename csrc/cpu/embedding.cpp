@@ -12,17 +12,9 @@ void sum_tokens(void *out, const void *grad, const int32_t *tokens, const int32_
   const T *in = static_cast<const T *>(grad);
   for (int64_t v = begin; v < end; ++v) {
     T *row = static_cast<T *>(out) + v * C;
-    const int32_t first = starts[v], last = starts[v + 1];
     for_each_vec(0, C, [&](int64_t j, auto n, int) {
-      Vec sum = zero();
-      for (int32_t t = first; t < last; t += kRows) {
-        const int count = last - t < kRows ? last - t : kRows;
-        Vec group = zero();
-        for (int r = 0; r < count; ++r)
-          group += load(in + tokens[t + r] * C + j, n);
-        sum += group;
-      }
-      store(row + j, sum, n);
+      const auto term = [&](int64_t t) { return load(in + tokens[t] * C + j, n); };
+      store(row + j, sum_in_groups(starts[v], starts[v + 1], term), n);
     });
   }
 }

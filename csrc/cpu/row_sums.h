@@ -10,20 +10,26 @@ namespace {
 // Rows, or blocks, that are added up before they join the sum.
 constexpr int kRows = 8;
 
+// The sum of term(i) over i in [first, last), in order.
+template <class F> FASTFORMER_INLINE Vec sum_in_groups(int64_t first, int64_t last, const F &term) {
+  Vec sum = zero();
+  for (; first < last; first += kRows) {
+    const int64_t end = last - first < kRows ? last : first + kRows;
+    Vec group = zero();
+    for (int64_t i = first; i < end; ++i)
+      group += term(i);
+    sum += group;
+  }
+  return sum;
+}
+
 // out[col] = the sum over blocks of partials[block * stride + col].
 template <class T>
 void add_blocks(void *out, const float *partials, int64_t blocks, int64_t stride, int64_t cols) {
   T *sums = static_cast<T *>(out);
   for_each_vec(0, cols, [&](int64_t j, auto n, int) {
-    Vec sum = zero();
-    for (int64_t first = 0; first < blocks; first += kRows) {
-      const int64_t last = blocks - first < kRows ? blocks : first + kRows;
-      Vec group = zero();
-      for (int64_t block = first; block < last; ++block)
-        group += load(partials + block * stride + j, n);
-      sum += group;
-    }
-    store(sums + j, sum, n);
+    const auto term = [&](int64_t block) { return load(partials + block * stride + j, n); };
+    store(sums + j, sum_in_groups(0, blocks, term), n);
   });
 }
 

@@ -10,17 +10,22 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_one_device(op: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are on one device."""
+    devices = {name: t.device for name, t in tensors.items()}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {places}")
+
+
 def check_float(op: str, **tensors: Tensor) -> None:
     """Raise TypeError unless all are floating point, ValueError unless all are on one device."""
-    devices = {name: t.device for name, t in tensors.items()}
     for name, t in tensors.items():
         if t.dtype not in FLOAT_DTYPES:
             raise TypeError(
                 f"{op}: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}"
             )
-    if len(set(devices.values())) > 1:
-        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"{op}: all tensors must be on one device, got {places}")
+    check_one_device(op, **tensors)
 
 
 def check_same_dtype(op: str, **tensors: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastformer.ops import dispatch, reference
-from fastformer.ops.arguments import check_float, needs_grad
+from fastformer.ops.arguments import check_float, check_one_device, needs_grad
 
 
 def _fake(grad_out: Tensor, ids: Tensor, vocabulary: int) -> Tensor:
@@ -52,11 +52,7 @@ def _check(ids: Tensor, weight: Tensor) -> None:
         raise ValueError(f"embedding: weight must be (V, C), got {tuple(weight.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"embedding: ids must be int64 or int32, got {ids.dtype}")
-    if ids.device != weight.device:
-        raise ValueError(
-            "embedding: all tensors must be on one device,"
-            f" got ids on {ids.device}, weight on {weight.device}"
-        )
+    check_one_device("embedding", ids=ids, weight=weight)
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from fastformer.ops import dispatch, reference
 from fastformer.ops.arguments import (
     autocast_dtype,
     check_float,
+    check_one_device,
     check_same_dtype,
     distinct,
     needs_grad,
@@ -143,11 +144,7 @@ def _prepare(
             f"{op}: targets must be int64 of shape {tuple(x.shape[:-1])},"
             f" got {targets.dtype} {tuple(targets.shape)}"
         )
-    if targets.device != x.device:
-        raise ValueError(
-            f"{op}: all tensors must be on one device, got x on {x.device},"
-            f" targets on {targets.device}"
-        )
+    check_one_device(op, x=x, targets=targets)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
     if z_loss < 0.0:
